@@ -1,0 +1,42 @@
+# make demo: pictures in demo-output/.   make test: the test suite.   make lint: ruff and mypy.
+#
+# PYTHON: the interpreter that makes .venv.   PIP_ARGS: more arguments for pip (an index with another build of torch).
+# PYTEST_ARGS: more arguments for pytest.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+
+# A stamp says what .venv holds, so that nothing is installed or downloaded again while these files stay as they are.
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+SOURCES := pyproject.toml constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py
+
+test: $(DEV_STAMP)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf demo-output build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	touch $@
+
+$(DEV_STAMP): $(SOURCES) | $(BIN)/python
+	$(PIP_INSTALL) --editable ".[dev]"
+	touch $(STAMP) $@

@@ -1,0 +1,291 @@
+"""``ditrelay generate``: prompts in, picture files out, every request in flight at once."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from ditrelay.cli_progress import Display, LiveDisplay, PlainDisplay
+from ditrelay.cli_report import print_report
+from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest, QueueFull
+from ditrelay.runtime import logs
+from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.server_args import ServerArgs
+
+if TYPE_CHECKING:
+    from ditrelay.engine import Engine, Progress, Result, Ticket
+    from ditrelay.models.card import ModelCard
+
+EngineFactory = Callable[[ServerArgs], "Engine"]
+
+DEFAULT_DIRECTORY = Path("ditrelay-output")
+_MEDIA_SUFFIX = {"image": ".png", "video": ".mp4"}
+_MEDIA_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov"})
+_POLL_SECONDS = 0.5
+_CLOSE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asks for.
+
+    Attributes:
+        prompts: one request each, times ``num_images``.
+        num_images: pictures per prompt.
+        output: the file or directory to write, or None for a name made from the prompt.
+        sampling: the other fields of ``SamplingParams``, where given. Number i of several uses ``seed + i``.
+    """
+
+    prompts: tuple[str, ...]
+    num_images: int = 1
+    output: Path | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture or clip to make: resolved parameters and the file it goes to."""
+
+    index: int
+    params: SamplingParams
+    path: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended: with a result in its file, or with an error."""
+
+    job: Job
+    result: Result | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All outcomes in the order of the jobs; ``overlap`` is a share of the run, ``seconds`` without the start."""
+
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+    overlap: float
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if any(outcome.error is not None for outcome in self.outcomes) else 0
+
+
+def default_engine(settings: ServerArgs) -> Engine:
+    from ditrelay.engine import Engine
+
+    return Engine(settings)
+
+
+def generate(settings: ServerArgs, order: Order, make_engine: EngineFactory = default_engine) -> Run:
+    """Make everything that ``order`` asks for, showing progress on stderr and a report on stdout.
+
+    A request that fails does not stop the others. On Ctrl-C all are cancelled and the engine is closed.
+
+    Raises:
+        ConfigError, InvalidRequest: wrong input; nothing was started.
+        DitrelayError: the engine did not start.
+        KeyboardInterrupt: interrupted; what was done by then is in its files.
+    """
+    params = _expand(order)
+    engine = make_engine(settings)
+    resolved = _resolve(engine.card, params)
+    jobs = [Job(i, *pair) for i, pair in enumerate(zip(resolved, _paths(engine.card, order, resolved), strict=True))]
+    console = Console(stderr=True)
+    display = LiveDisplay(console) if console.is_terminal else PlainDisplay(sys.stderr)
+    try:
+        with display.starting(engine, settings.num_gpus):
+            logs.configure(settings.log_level)
+            engine.start()
+        with display.running([job.params.prompt for job in jobs]):
+            run = _Runner(engine, jobs, display).run()
+    finally:
+        engine.close(timeout=_CLOSE_SECONDS)
+    print_report(run)
+    return run
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The lines of a prompt file that are not blank; of standard input for ``-``; none for no file.
+
+    Raises:
+        ConfigError: the file cannot be read or is empty.
+    """
+    if path is None:
+        return []
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("--prompt-file", f"cannot read {path}: {_reason(error)}") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("--prompt-file", f"{path} has no prompt; allowed: one prompt a line")
+    return prompts
+
+
+def read_image(path: Path | None) -> bytes | None:
+    """The bytes of the picture to start from.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError("--image", f"cannot read {path}: {_reason(error)}") from error
+
+
+def slug(prompt: str) -> str:
+    """``"A red apple!"`` -> ``"a-red-apple"``: a short file name without suffix."""
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "output"
+
+
+def _reason(error: OSError | UnicodeDecodeError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
+
+
+def _expand(order: Order) -> list[SamplingParams]:
+    """The requests: every prompt ``num_images`` times, with consecutive seeds where there is one."""
+    if not order.prompts:
+        raise ConfigError("PROMPT", "there is none; give one or more prompts, or --prompt-file")
+    from ditrelay.engine import spread
+
+    return spread(order.prompts, order.num_images, dict(order.sampling))
+
+
+def _resolve(card: ModelCard, params: list[SamplingParams]) -> list[SamplingParams]:
+    resolved = []
+    for i, each in enumerate(params):
+        try:
+            resolved.append(card.resolve(each))
+        except InvalidRequest as error:
+            if error.param != "prompt":
+                raise
+            number = f"number {i + 1}: " if len(params) > 1 else ""
+            raise ConfigError("PROMPT", f"{number}{error.reason}") from error
+    return resolved
+
+
+def _paths(card: ModelCard, order: Order, params: list[SamplingParams]) -> list[Path]:
+    """A file for each request, its directory made.
+
+    Raises:
+        ConfigError: ``--output`` cannot be what it is asked to be.
+    """
+    suffix = _MEDIA_SUFFIX[card.media]
+    given = order.output
+    if len(params) == 1 and given is not None and given.suffix.lower() in _MEDIA_SUFFIXES:
+        if given.suffix.lower() != suffix:
+            raise ConfigError("--output", f"{given}: the model makes {suffix} files; allowed: a name with that suffix")
+        if given.is_dir():
+            raise ConfigError("--output", f"{given} is a directory; allowed: a file name")
+        _make_directory(given.parent)
+        return [given]
+    if len(params) == 1:
+        return [_unused(_make_directory(given or Path()) / (slug(params[0].prompt) + suffix))]
+    directory, width = _make_directory(given or DEFAULT_DIRECTORY), len(str(len(params)))
+    return [_unused(directory / f"{i:0{width}}-{slug(p.prompt)}{suffix}") for i, p in enumerate(params, start=1)]
+
+
+def _make_directory(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("--output", f"cannot make the directory {path}: {_reason(error)}") from error
+    return path
+
+
+def _unused(path: Path) -> Path:
+    """``path``, with a number where a file of that name exists: a name that nobody chose overwrites nothing."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate
+
+
+class _Runner:
+    """Submits jobs, follows their progress and saves their results, on the calling thread."""
+
+    def __init__(self, engine: Engine, jobs: list[Job], display: Display) -> None:
+        self._engine = engine
+        self._display = display
+        self._waiting = deque(jobs)
+        self._running: dict[str, tuple[Job, Ticket]] = {}
+        self._outcomes: list[Outcome] = []
+        self._events: queue.SimpleQueue[Progress] = queue.SimpleQueue()
+
+    def run(self) -> Run:
+        began = time.monotonic()
+        with self._cancelling():
+            while self._waiting or self._running:
+                self._submit()
+                self._follow()
+        outcomes = tuple(sorted(self._outcomes, key=lambda outcome: outcome.job.index))
+        return Run(outcomes, time.monotonic() - began, self._engine.overlap())
+
+    @contextlib.contextmanager
+    def _cancelling(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for _, ticket in self._running.values():
+                ticket.cancel()
+            raise
+
+    def _submit(self) -> None:
+        """As many of the waiting jobs as the engine's queue takes."""
+        while self._waiting:
+            job = self._waiting[0]
+            try:
+                ticket = self._engine.submit(job.params)
+            except QueueFull:
+                return
+            except DitrelayError as error:
+                self._end(Outcome(self._waiting.popleft(), error=str(error)))
+                continue
+            self._running[ticket.request_id] = self._waiting.popleft(), ticket
+            ticket.subscribe(self._events.put)
+
+    def _follow(self) -> None:
+        """One event, if one comes soon."""
+        try:
+            progress = self._events.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            return
+        job, ticket = self._running[progress.request_id]
+        self._display.update(job.index, progress)
+        if progress.state.ended:
+            del self._running[progress.request_id]
+            self._collect(job, ticket)
+
+    def _collect(self, job: Job, ticket: Ticket) -> None:
+        """Save the result of a request that ended."""
+        try:
+            result = ticket.result(timeout=0)
+            result.save(job.path)
+        except QueueFull:
+            self._waiting.append(job)
+        except (DitrelayError, OSError) as error:
+            self._end(Outcome(job, error=str(error)))
+        else:
+            self._end(Outcome(job, result))
+
+    def _end(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
+        seconds = outcome.result.timings.total if outcome.result else 0.0
+        self._display.ended(outcome.job.index, seconds, outcome.error)

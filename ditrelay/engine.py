@@ -1,0 +1,310 @@
+"""The engine: submit requests, watch them, get pictures. ``Engine`` for threads, ``AsyncEngine`` for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Any, overload
+
+from PIL import Image
+
+from ditrelay.errors import ConfigError, EngineClosed, StartupError
+from ditrelay.models.card import ModelCard, check_parallel, load_card
+from ditrelay.models.loading import PRELOAD
+from ditrelay.runtime.controller import Controller
+from ditrelay.runtime.launcher import LocalLauncher
+from ditrelay.runtime.messages import CancelRequest, Submit
+from ditrelay.runtime.metrics import Span, overlap
+from ditrelay.runtime.request import Request, SamplingParams
+from ditrelay.runtime.request_log import RequestLog
+from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.status import EngineStatus
+from ditrelay.runtime.tickets import Progress, Result, Ticket
+from ditrelay.runtime.topology import Topology
+
+__all__ = ["AsyncEngine", "AsyncTicket", "Engine", "EngineStatus", "Progress", "Result", "Ticket"]
+
+logger = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 10.0
+
+
+class Engine:
+    """Runs one model over the ranks that ``args`` asks for. All methods may be called from any thread.
+
+    The constructor checks the settings and the model folder and starts nothing; ``start`` (or ``with``) does.
+
+    Raises:
+        ConfigError: a setting is wrong, the model folder is incomplete or its family is not supported.
+
+    Example::
+
+        with ditrelay.Engine(ServerArgs(enable_disagg=True, num_gpus=4)) as engine:
+            engine.generate("a red apple").save("apple.png")
+    """
+
+    def __init__(self, args: ServerArgs) -> None:
+        self.args = args
+        self.card: ModelCard = load_card(args.model_path)
+        self.topology = Topology.build(args)
+        check_parallel(self.card, args.sp_degree, args.tp_size)
+        self._warm = False
+        self._log = RequestLog(self.topology)
+        self._controller: Controller | None = None
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> Engine:
+        """Start the workers; returns when every rank is up (and, with ``args.warmup``, has done a first request).
+
+        Raises:
+            ConfigError: the device asked for is not there.
+            StartupError: a worker could not start; says which one and why.
+        """
+        if self._controller is not None:
+            raise EngineClosed("the engine was started before; make a new one")
+        device_type = resolve_device(self.args)
+        launcher = LocalLauncher(device_type, _preload(self.card))
+        self._controller = Controller(self.args, self.card, self.topology, launcher, device_type, self._log)
+        self._controller.start()
+        try:
+            self._await_start(self._controller)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def _await_start(self, controller: Controller) -> None:
+        began = time.monotonic()
+        try:
+            controller.fleet_up.result(self.args.startup_timeout)
+        except TimeoutError:
+            waiting = ", ".join(f"{w.rank} ({w.role})" for w in controller.status.workers if w.state != "up")
+            limit = self.args.startup_timeout
+            raise StartupError(f"ranks not up within --startup-timeout {limit:g} s: {waiting or 'edges'}") from None
+        logger.info("%d ranks up in %.1f seconds", self.topology.world_size, time.monotonic() - began)
+        if self.args.warmup:
+            self._warm_up()
+        self._warm = True
+
+    def _warm_up(self) -> None:
+        """One short request per unit, at once, so that every rank has computed before the first client."""
+        count = max(len(self.topology.encoders), len(self.topology.replicas), len(self.topology.decoders))
+        image = _grey_picture(self.card) if self.card.needs_image else None
+        params = self.card.resolve(SamplingParams(prompt="warm-up", num_inference_steps=2, seed=0, image=image))
+        tickets = [self._submit(params) for _ in range(min(count, self.args.max_queue))]
+        for ticket in tickets:
+            ticket.result(self.args.startup_timeout)
+
+    def close(self, timeout: float = SHUTDOWN_SECONDS) -> None:
+        """End all workers; requests that are not done fail. May be called twice."""
+        if self._controller is not None:
+            self._controller.stop(timeout)
+        self._log.close("the engine is shut down")
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ requests
+
+    def submit(self, params: SamplingParams) -> Ticket:
+        """Accept one request.
+
+        Raises:
+            InvalidRequest: a parameter is wrong; names it.
+            QueueFull: too many requests wait.
+            EngineClosed: the engine does not run.
+        """
+        return self._submit(self.card.resolve(params))
+
+    def _submit(self, params: SamplingParams) -> Ticket:
+        if self._controller is None:
+            raise EngineClosed("the engine is not started")
+        request = Request(request_id=uuid.uuid4().hex[:16], params=params)
+        ticket = Ticket(request, self._cancel)
+        self._log.open(request, ticket, limit=self.args.max_queue)
+        self._controller.post(Submit(request))
+        return ticket
+
+    def _cancel(self, request_id: str) -> None:
+        if self._controller is not None:
+            self._controller.post(CancelRequest(request_id))
+
+    @overload
+    def generate(self, prompt: str, *, timeout: float | None = None, **sampling: Any) -> Result: ...
+    @overload
+    def generate(
+        self, prompt: str | Sequence[str], *, num_images: int, timeout: float | None = None, **sampling: Any
+    ) -> list[Result]: ...
+    @overload
+    def generate(self, prompt: Sequence[str], *, timeout: float | None = None, **sampling: Any) -> list[Result]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images: int | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Result | list[Result]:
+        """Draw and wait. One prompt gives one ``Result``; several prompts or a ``num_images`` give a list, in order.
+
+        ``sampling`` takes the fields of ``SamplingParams``. With one seed for several pictures, number i uses seed + i.
+
+        Raises:
+            what ``submit`` and ``Ticket.result`` raise, for the first picture that fails.
+        """
+        many = not isinstance(prompt, str) or num_images is not None
+        tickets = [self.submit(params) for params in spread(prompt, num_images or 1, sampling)]
+        results = [ticket.result(timeout) for ticket in tickets]
+        return results if many else results[0]
+
+    # ------------------------------------------------------------ state
+
+    @property
+    def ready(self) -> bool:
+        """Every rank is up and warm."""
+        return self._warm and self._controller is not None and self._controller.status.ready
+
+    def status(self) -> EngineStatus:
+        """At most a tick (0.1 s) old."""
+        if self._controller is None:
+            return EngineStatus(ready=False, workers=())
+        return self._controller.status.with_ready(self.ready)
+
+    @property
+    def spans(self) -> list[Span]:
+        """The newest pieces of work, for timelines."""
+        return self._log.spans()
+
+    def overlap(self) -> float:
+        """Share of the working time during which at least two stages computed at once (see ``metrics.overlap``)."""
+        return overlap(self.spans)
+
+
+class AsyncTicket:
+    """A ``Ticket`` for asyncio."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+        self.request_id = ticket.request_id
+        self.params = ticket.params
+
+    async def result(self, timeout: float | None = None) -> Result:
+        """As ``Ticket.result``. Cancelling the awaiting task does not cancel the request; ``cancel`` does."""
+        future = asyncio.wrap_future(self._ticket.future)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), timeout)
+        except TimeoutError:
+            raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s") from None
+
+    async def events(self) -> AsyncIterator[Progress]:
+        """As ``Ticket.events``."""
+        loop, news = asyncio.get_running_loop(), asyncio.Queue[Progress]()
+
+        def relay(progress: Progress) -> None:
+            loop.call_soon_threadsafe(news.put_nowait, progress)
+
+        self._ticket.subscribe(relay)
+        while True:
+            progress = await news.get()
+            yield progress
+            if progress.state.ended:
+                return
+
+    def cancel(self) -> None:
+        self._ticket.cancel()
+
+
+class AsyncEngine:
+    """The asyncio twin of ``Engine``: same names, and nothing blocks the event loop."""
+
+    def __init__(self, args: ServerArgs) -> None:
+        self._engine = Engine(args)
+        self.args = args
+        self.card = self._engine.card
+        self.topology = self._engine.topology
+
+    async def start(self) -> AsyncEngine:
+        await asyncio.to_thread(self._engine.start)
+        return self
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._engine.close)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def submit(self, params: SamplingParams) -> AsyncTicket:
+        return AsyncTicket(self._engine.submit(params))
+
+    async def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images: int | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Result | list[Result]:
+        """As ``Engine.generate``."""
+        many = not isinstance(prompt, str) or num_images is not None
+        tickets = [await self.submit(params) for params in spread(prompt, num_images or 1, sampling)]
+        results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
+        return results if many else results[0]
+
+    @property
+    def ready(self) -> bool:
+        return self._engine.ready
+
+    def status(self) -> EngineStatus:
+        return self._engine.status()
+
+
+def spread(prompt: str | Sequence[str], num_images: int, sampling: dict[str, Any]) -> list[SamplingParams]:
+    """``num_images`` parameter sets for each prompt; with one seed given, number i gets seed + i."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = [text for text in prompts for _ in range(num_images)]
+    seed = sampling.pop("seed", None)
+    seeds = [None if seed is None else seed + i for i in range(len(texts))]
+    return [SamplingParams(prompt=text, seed=s, **sampling) for text, s in zip(texts, seeds, strict=True)]
+
+
+def resolve_device(args: ServerArgs) -> str:
+    """``cpu`` or ``cuda``. Raises ``ConfigError`` where there are fewer GPUs than ranks."""
+    import torch
+
+    if args.device == "cpu":
+        return "cpu"
+    count = torch.cuda.device_count()
+    if args.device == "auto" and count == 0:
+        return "cpu"
+    if count < args.num_gpus:
+        raise ConfigError(
+            "--num-gpus", f"{args.num_gpus} ranks need as many GPUs and there are {count}; or --device cpu"
+        )
+    return "cuda"
+
+
+def _grey_picture(card: ModelCard) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (card.default_width, card.default_height), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _preload(card: ModelCard) -> tuple[str, ...]:
+    """What workers need: with the timed model no diffusers, which takes seconds to import."""
+    return ("ditrelay.runtime.worker", *(() if card.adapter == "timed" else PRELOAD))

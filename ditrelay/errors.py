@@ -1,0 +1,104 @@
+"""One tree of exceptions. Every message names the setting or input at fault and the way out."""
+
+from __future__ import annotations
+
+
+class DitrelayError(Exception):
+    """Root of every error that ditrelay raises on purpose."""
+
+
+class ConfigError(DitrelayError):
+    """A setting is wrong. Raised before any process starts.
+
+    Args:
+        flag: the setting, spelled as on the command line (``--sp-degree``).
+        reason: what is wrong and what is allowed.
+    """
+
+    def __init__(self, flag: str, reason: str) -> None:
+        super().__init__(f"{flag}: {reason}")
+        self.flag = flag
+
+
+class UnsupportedModel(ConfigError):
+    """The model folder is incomplete or its family is not supported."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__("--model-path", reason)
+
+
+class InvalidRequest(DitrelayError):
+    """One field of a generation request is wrong.
+
+    Args:
+        param: the field's name as the client wrote it.
+        reason: what is wrong and what is allowed.
+    """
+
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(f"{param}: {reason}")
+        self.param = param
+        self.reason = reason
+
+
+class QueueFull(DitrelayError):
+    """The queue limit is reached; try again after ``retry_after`` seconds."""
+
+    def __init__(self, limit: int, retry_after: int) -> None:
+        super().__init__(f"the queue is full ({limit} requests wait, --max-queue); try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class RequestFailed(DitrelayError):
+    """A request ended without a picture."""
+
+    def __init__(self, request_id: str, reason: str) -> None:
+        super().__init__(f"request {request_id} failed: {reason}")
+        self.request_id = request_id
+        self.reason = reason
+
+
+class RequestCancelled(DitrelayError):
+    """A request was cancelled before it was done."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"request {request_id} was cancelled")
+        self.request_id = request_id
+
+
+class EngineClosed(DitrelayError):
+    """The engine is shut down or never started."""
+
+
+class StartupError(DitrelayError):
+    """The engine could not start: a worker died or did not become ready in time."""
+
+
+class TransferError(DitrelayError):
+    """A transfer between two ranks failed.
+
+    Args:
+        edge: the directed edge, for instance ``3->0``.
+        seq: the transfer's sequence number on that edge.
+        request_id: whose tensors were moved, or ``None`` where nobody's.
+    """
+
+    def __init__(self, edge: str, reason: str, *, seq: int | None = None, request_id: str | None = None) -> None:
+        what = f"transfer {edge}" + (f" #{seq}" if seq is not None else "")
+        super().__init__(f"{what}{f' of request {request_id}' if request_id else ''}: {reason}")
+        self.edge = edge
+        self.seq = seq
+        self.request_id = request_id
+        self.reason = reason
+
+
+class TransferTimeout(TransferError):
+    """A transfer did not complete within ``--dist-timeout``."""
+
+
+class TransferCorrupt(TransferError):
+    """The received bytes do not match the sender's checksum."""
+
+
+class CodecError(DitrelayError):
+    """A value cannot cross an edge: it is neither a tensor, a list of tensors, nor plain JSON data."""

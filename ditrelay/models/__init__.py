@@ -1,0 +1,1 @@
+"""Models behind one stage interface (layer 2)."""

@@ -1,0 +1,72 @@
+"""The one interface between the engine and a model: encode, begin / step / finish, decode."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from ditrelay.runtime.payloads import State
+from ditrelay.runtime.request import Request
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Frames = npt.NDArray[np.uint8]
+
+
+class DenoiseSession(Protocol):
+    """A denoise in progress, advanced one step at a time, so that several may interleave on one thread."""
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of this denoise; known after ``begin``."""
+        ...
+
+    @property
+    def steps_done(self) -> int: ...
+
+
+class StageAdapter(Protocol):
+    """One model on one rank, with the components of that rank's roles only.
+
+    Every method takes the requests of one batch; a batch has length 1 for now and an adapter refuses a longer one with
+    ``ValueError``. All methods of one adapter may be called from two threads only where they belong to different roles
+    (encode beside decode). They run under ``torch.no_grad()`` set by the caller's thread.
+
+    Source of the split: the blocks of diffusers' Modular Diffusers (text_encoder | denoise | decode).
+    """
+
+    @property
+    def conditioning_names(self) -> frozenset[str]:
+        """Names of the values that may cross the edge encode -> denoise."""
+        ...
+
+    @property
+    def latents_names(self) -> frozenset[str]:
+        """Names of the values that may cross the edge denoise -> decode."""
+        ...
+
+    def encode(self, requests: Sequence[Request]) -> State:
+        """Text (and image) conditioning. Raises ``InvalidRequest`` for what only the encoder can know (a bad image)."""
+        ...
+
+    def begin(self, requests: Sequence[Request], state: State) -> DenoiseSession:
+        """Timesteps, initial noise (CPU generator seeded with the request's seed), everything before the first step."""
+        ...
+
+    def step(self, session: DenoiseSession) -> bool:
+        """One scheduler step. True while steps remain."""
+        ...
+
+    def finish(self, session: DenoiseSession) -> State:
+        """The values that decode needs (latents first among them). Call once ``step`` returned False."""
+        ...
+
+    def abandon(self, session: DenoiseSession) -> None:
+        """Give a session up between two steps and free its tensors. May be called at any time, also twice."""
+        ...
+
+    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
+        """Pixels per request: uint8 array [frames, height, width, 3]; one frame for image models."""
+        ...

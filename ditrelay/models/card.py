@@ -1,0 +1,259 @@
+"""What is known about a model before any process starts: its limits, defaults and family. No torch import."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import msgspec
+
+from ditrelay.errors import ConfigError, InvalidRequest, UnsupportedModel
+from ditrelay.models.folder import BUILTIN_PREFIX, ModelFolder, find_folder
+from ditrelay.models.quirks import BUILTINS, FAMILIES, Adapter, Family, Media, find_family
+from ditrelay.models.sizes import Sizes, sizes_of
+from ditrelay.models.timed_options import TIMED_PREFIX, TimedOptions
+from ditrelay.runtime.request import SamplingParams
+
+_SEED_LIMIT = 2**63
+_DRAWN_SEED_LIMIT = 2**31  # fits any client's integer type
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    """A model that can be served.
+
+    Attributes:
+        path: the local folder; for ``builtin:timed`` the model path with its options.
+        name: the model path as given.
+        family: a name of ``quirks.FAMILIES``, or ``timed``.
+        pipeline_class: diffusers' name of the stock pipeline.
+        adapter: which ``StageAdapter`` runs it.
+        media: what a request makes.
+        size_multiple: height and width are multiples of it (pixels).
+        frame_multiple: the number of frames is k * frame_multiple + 1; 1: any number.
+        guidance_above: classifier-free guidance, and with it the negative prompt, has an effect above this scale.
+        parallel: ``ulysses`` and ``tp`` where the transformer can be split that way.
+    """
+
+    path: str
+    name: str
+    family: str
+    pipeline_class: str
+    adapter: Adapter
+    media: Media
+    size_multiple: int
+    frame_multiple: int = 1
+    default_height: int
+    default_width: int
+    default_num_frames: int = 1
+    default_num_inference_steps: int
+    default_guidance_scale: float
+    max_prompt_chars: int = 4096
+    max_side: int = 8192
+    max_pixels: int = 4096 * 4096
+    max_num_frames: int = 1
+    max_steps: int = 1000
+    needs_image: bool = False
+    supports_negative_prompt: bool = False
+    supports_guidance: bool = False
+    guidance_above: float = 1.0
+    parallel: tuple[str, ...] = ()
+
+    def resolve(self, params: SamplingParams) -> SamplingParams:
+        """``params`` with every default filled in and a seed drawn where none is given.
+
+        Raises:
+            InvalidRequest: names the field and says what is allowed.
+        """
+        resolved = msgspec.structs.replace(
+            params,
+            height=self.default_height if params.height is None else params.height,
+            width=self.default_width if params.width is None else params.width,
+            num_frames=self.default_num_frames if params.num_frames is None else params.num_frames,
+            num_inference_steps=(
+                self.default_num_inference_steps if params.num_inference_steps is None else params.num_inference_steps
+            ),
+            guidance_scale=self.default_guidance_scale if params.guidance_scale is None else params.guidance_scale,
+            seed=random.SystemRandom().randrange(_DRAWN_SEED_LIMIT) if params.seed is None else params.seed,
+        )
+        _check_prompt(self, resolved)
+        _check_size(self, resolved)
+        _check_frames(self, resolved)
+        _check_range("num_inference_steps", resolved.num_inference_steps, 1, self.max_steps)
+        _check_range("seed", resolved.seed, 0, _SEED_LIMIT - 1)
+        _check_guidance(self, params, resolved)
+        _check_image(self, resolved)
+        return resolved
+
+
+def load_card(model_path: str) -> ModelCard:
+    """The card of ``builtin:emoji``, ``builtin:timed?...``, a diffusers folder, or a hub id (which may be downloaded).
+
+    Raises:
+        UnsupportedModel: the folder, a component or a file is missing or damaged, or the family is not supported.
+    """
+    if model_path.partition("?")[0] == TIMED_PREFIX:
+        return _timed_card(model_path)
+    folder = ModelFolder(find_folder(model_path))
+    pipeline_class = str(folder.index.get("_class_name"))
+    family = find_family(pipeline_class, folder.index)
+    if family is None:
+        known = ", ".join(sorted({name for each in FAMILIES for name in each.pipeline_classes}))
+        raise UnsupportedModel(f"{model_path}: {_variant(pipeline_class, folder)} is not supported; supported: {known}")
+    for needed in ("transformer", "vae", "scheduler"):
+        if needed not in folder.components:
+            raise UnsupportedModel(f"{folder.path / 'model_index.json'} names no {needed}")
+    folder.check()
+    card = _card(model_path, folder, family)
+    builtin = BUILTINS.get(model_path.removeprefix(BUILTIN_PREFIX)) if model_path.startswith(BUILTIN_PREFIX) else None
+    if builtin is None:
+        return card
+    return msgspec.structs.replace(
+        card,
+        default_height=builtin.height,
+        default_width=builtin.width,
+        default_num_inference_steps=builtin.steps,
+        default_guidance_scale=builtin.guidance,
+        max_pixels=builtin.max_pixels,
+    )
+
+
+def check_parallel(card: ModelCard, sp: int, tp: int) -> None:
+    """Refuse a degree of sequence (``sp``) or tensor parallelism (``tp``) that the model has no plan for.
+
+    Raises:
+        ConfigError: names the flag and the families that have such a plan.
+    """
+    if sp > 1 and tp > 1 and card.adapter != "timed":
+        raise ConfigError("--tp-size", "can't be combined with --sp-degree for any family yet; leave one of them at 1")
+    for flag, degree, plan in (("--sp-degree", sp, "ulysses"), ("--tp-size", tp, "tp")):
+        if degree > 1 and plan not in card.parallel:
+            able = ", ".join(family.name for family in FAMILIES if plan in family.parallel)
+            raise ConfigError(flag, f"{card.family} has no plan for {flag} {degree}; families that have one: {able}")
+
+
+def _variant(pipeline_class: str, folder: ModelFolder) -> str:
+    """The class, with the switches of ``model_index.json`` that make it a variant."""
+    switches = {key for family in FAMILIES if pipeline_class in family.pipeline_classes for key in family.when}
+    given = [f"{key}={folder.index[key]}" for key in sorted(switches) if folder.index.get(key)]
+    return f"{pipeline_class} with {', '.join(given)}" if given else pipeline_class
+
+
+def _card(name: str, folder: ModelFolder, family: Family) -> ModelCard:
+    transformer = folder.config("transformer")
+    sizes = sizes_of(family, folder.config("vae"), transformer)
+    guidance = family.guidance
+    flag = guidance.embedded_flag
+    return ModelCard(
+        path=str(folder.path),
+        name=name,
+        family=family.name,
+        pipeline_class=str(folder.index["_class_name"]),
+        adapter=family.adapter,
+        media=family.media,
+        size_multiple=sizes.multiple,
+        frame_multiple=sizes.frame_multiple,
+        default_height=_fitting(family.height, sizes),
+        default_width=_fitting(family.width, sizes),
+        default_num_frames=min(family.num_frames, sizes.max_frames),
+        default_num_inference_steps=family.steps,
+        default_guidance_scale=guidance.default,
+        max_side=sizes.max_side,
+        max_num_frames=sizes.max_frames,
+        needs_image=family.needs_image,
+        supports_negative_prompt=guidance.negative is not None,
+        supports_guidance=guidance.via != "none" and (flag is None or bool(transformer.get(flag))),
+        guidance_above=guidance.above,
+        parallel=family.parallel,
+    )
+
+
+def _fitting(side: int, sizes: Sizes) -> int:
+    """The family's default side, made to fit a model smaller or coarser than its kin."""
+    return max(sizes.multiple, min(side, sizes.max_side) // sizes.multiple * sizes.multiple)
+
+
+def _timed_card(model_path: str) -> ModelCard:
+    options = TimedOptions.parse(model_path)
+    return ModelCard(
+        path=model_path,
+        name=model_path,
+        family="timed",
+        pipeline_class="Timed",
+        adapter="timed",
+        media="image",
+        size_multiple=8,
+        default_height=64,
+        default_width=64,
+        default_num_inference_steps=options.steps,
+        default_guidance_scale=0.0,
+        parallel=("ulysses", "tp"),
+    )
+
+
+# ---------------------------------------------------------------- checks of one request's resolved parameters
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_range(param: str, value: Any, lowest: int, highest: int) -> None:
+    if not _is_int(value) or not lowest <= value <= highest:
+        raise InvalidRequest(param, f"{value!r} is not allowed; allowed: {lowest} to {highest}")
+
+
+def _check_prompt(card: ModelCard, params: SamplingParams) -> None:
+    if not params.prompt.strip():
+        raise InvalidRequest("prompt", "it is empty; say what to draw")
+    for name, text in (("prompt", params.prompt), ("negative_prompt", params.negative_prompt or "")):
+        if len(text) > card.max_prompt_chars:
+            raise InvalidRequest(name, f"{len(text)} characters; allowed: at most {card.max_prompt_chars}")
+
+
+def _check_size(card: ModelCard, params: SamplingParams) -> None:
+    sides = []
+    for name, side in (("height", params.height), ("width", params.width)):
+        if not isinstance(side, int) or not _is_int(side) or side < 1 or side % card.size_multiple:
+            raise InvalidRequest(name, f"{side!r} is not allowed; allowed: a positive multiple of {card.size_multiple}")
+        if side > card.max_side:
+            raise InvalidRequest(name, f"{side} pixels; allowed: at most {card.max_side}")
+        sides.append(side)
+    if math.prod(sides) > card.max_pixels:
+        raise InvalidRequest(
+            "height", f"{sides[1]}x{sides[0]} pixels; allowed: at most {card.max_pixels} pixels in all"
+        )
+
+
+def _check_frames(card: ModelCard, params: SamplingParams) -> None:
+    frames = params.num_frames
+    if card.media == "image" and frames != 1:
+        raise InvalidRequest("num_frames", f"{frames!r} is not allowed; this model makes pictures: allowed: 1")
+    _check_range("num_frames", frames, 1, card.max_num_frames)
+    step = card.frame_multiple
+    if frames is not None and (frames - 1) % step:
+        nearest = min(round((frames - 1) / step), (card.max_num_frames - 1) // step) * step + 1
+        raise InvalidRequest("num_frames", f"{frames} is not allowed; allowed: {step}k + 1, the nearest is {nearest}")
+
+
+def _check_guidance(card: ModelCard, given: SamplingParams, resolved: SamplingParams) -> None:
+    scale = resolved.guidance_scale
+    if scale is None or isinstance(scale, bool) or not math.isfinite(scale) or scale < 0:
+        raise InvalidRequest("guidance_scale", f"{scale!r} is not allowed; allowed: a finite number >= 0")
+    if given.guidance_scale is not None and not card.supports_guidance and scale != card.default_guidance_scale:
+        raise InvalidRequest("guidance_scale", f"this model has no guidance; allowed: {card.default_guidance_scale}")
+    if resolved.negative_prompt is None:
+        return
+    if not card.supports_negative_prompt:
+        raise InvalidRequest("negative_prompt", "this model takes none; leave it out")
+    if scale <= card.guidance_above:
+        raise InvalidRequest(
+            "negative_prompt", f"it has no effect at guidance_scale {scale}; allowed: above {card.guidance_above}"
+        )
+
+
+def _check_image(card: ModelCard, params: SamplingParams) -> None:
+    if card.needs_image and not params.image:
+        raise InvalidRequest("image", "this model starts from a picture; give a PNG or JPEG")
+    if not card.needs_image and params.image is not None:
+        raise InvalidRequest("image", "this model takes no picture; leave it out")

@@ -1,0 +1,147 @@
+"""A diffusers model folder: found or fetched, then checked file by file before anything is loaded. No torch import."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ditrelay.errors import UnsupportedModel
+from ditrelay.models.quirks import BUILTINS
+
+BUILTIN_PREFIX = "builtin:"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NO_WEIGHTS = ("scheduler", "tokenizer", "processor", "feature_extractor", "image_processor", "video_processor")
+_CONFIG_NAMES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with ``model_index.json`` and one sub-folder per component."""
+
+    path: Path
+
+    @cached_property
+    def index(self) -> Mapping[str, Any]:
+        """``model_index.json``. Raises ``UnsupportedModel`` where it is missing or no JSON object."""
+        return read_json(self.path / "model_index.json")
+
+    @property
+    def components(self) -> dict[str, tuple[str, str]]:
+        """Component name -> (library, class name), those left empty by the model left out."""
+        pairs = {name: value for name, value in self.index.items() if isinstance(value, list) and len(value) == 2}
+        return {name: (library, cls) for name, (library, cls) in pairs.items() if library is not None}
+
+    def config(self, component: str) -> Mapping[str, Any]:
+        """The component's ``config.json``."""
+        return read_json(self.path / component / "config.json")
+
+    def check(self) -> None:
+        """Raise ``UnsupportedModel``, naming the file, for the first thing missing or damaged in any component."""
+        for name in self.components:
+            check_component(self.path / name)
+
+
+def find_folder(model_path: str) -> Path:
+    """The folder of ``builtin:NAME``, of a path, or of a hub id (``owner/name``, downloaded when it is not cached).
+
+    Raises:
+        UnsupportedModel: nothing is there.
+    """
+    if model_path.startswith(BUILTIN_PREFIX):
+        return _builtin(model_path.removeprefix(BUILTIN_PREFIX))
+    path = Path(model_path).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if _HUB_ID.fullmatch(model_path):
+        return _download(model_path)
+    raise UnsupportedModel(f"there is no folder {model_path!r}; give a diffusers folder, a hub id or builtin:emoji")
+
+
+def _builtin(name: str) -> Path:
+    if name not in BUILTINS:
+        raise UnsupportedModel(f"there is no model {BUILTIN_PREFIX}{name}; built in: {', '.join(BUILTINS)}, timed")
+    return Path(str(resources.files("ditrelay"))) / "assets" / name
+
+
+def _download(repo_id: str) -> Path:
+    import httpx  # both only here: seconds to import, and needed for hub ids alone
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["model_index.json"] + [f"*/*{end}" for end in (".json", ".safetensors", ".txt", ".model", ".jinja")]
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()
+        raise UnsupportedModel(
+            f"{repo_id!r} is no folder here, and the hub did not give it: {reason[0] if reason else type(error)}"
+        ) from error
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Raises ``UnsupportedModel``, naming the file, where there is no JSON object in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UnsupportedModel(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModel(f"{path} is not a JSON object")
+    return content
+
+
+def check_component(folder: Path) -> None:
+    """Look for the component's config, and for each weight file that it should have. Reads headers only.
+
+    Raises:
+        UnsupportedModel: naming the folder or the file that is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise UnsupportedModel(f"the component folder {folder} is missing")
+    if folder.name.startswith(_NO_WEIGHTS):
+        if not any((folder / name).is_file() for name in (*_CONFIG_NAMES, "tokenizer.json")):
+            raise UnsupportedModel(f"{folder} has no config; one of {', '.join(_CONFIG_NAMES)} is needed")
+        return
+    read_json(folder / "config.json")
+    for weights in _weight_files(folder):
+        _check_safetensors(weights)
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    """The files of a component's weights: those of its index, else the single file."""
+    for index in folder.glob("*.safetensors.index.json"):
+        names = set(read_json(index).get("weight_map", {}).values())
+        yield from (folder / name for name in sorted(names))
+        return
+    single = [folder / name for name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
+    found = [path for path in single if path.exists()]
+    if not found:
+        raise UnsupportedModel(f"{folder} has no weights; {single[0].name} or {single[1].name} is needed")
+    yield found[0]
+
+
+def _check_safetensors(path: Path) -> None:
+    """The header is JSON and the file has exactly the bytes that the header promises."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(size - 8, _MAX_SAFETENSORS_HEADER):
+                raise ValueError("it is no safetensors file")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except FileNotFoundError as error:
+        raise UnsupportedModel(f"the weight file {path} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UnsupportedModel(f"the weight file {path} is damaged: {error}") from error
+    if size != 8 + length + max(ends, default=0):
+        raise UnsupportedModel(f"the weight file {path} is damaged: {size} bytes do not match its header")

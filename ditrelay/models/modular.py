@@ -1,0 +1,204 @@
+"""``StageAdapter`` over Modular Diffusers: one file for every family that has modular blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+from diffusers import ClassifierFreeGuidance
+from diffusers.modular_pipelines.modular_pipeline import PipelineState
+
+from ditrelay.errors import UnsupportedModel
+from ditrelay.models.blocks import Stage, crossing, split_stages, with_step_hook
+from ditrelay.models.components import ComponentStore
+from ditrelay.models.folder import ModelFolder
+from ditrelay.models.pixels import open_image, to_frames
+from ditrelay.models.quirks import family_named
+from ditrelay.models.stepping import StepDriver, pause
+from ditrelay.models.values import only, pack, unpack
+from ditrelay.runtime.payloads import State
+from ditrelay.runtime.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from ditrelay.models.adapter import DenoiseSession, Frames
+    from ditrelay.models.loading import LoadSpec
+    from ditrelay.runtime.topology import Role
+
+_STAND_INS = ("vae", "transformer")  # the components that others read sizes off
+
+
+@dataclass
+class ModularSession:
+    """A denoise in progress: the state of the blocks, and the loop that works on it. Belongs to one thread."""
+
+    driver: StepDriver
+    state: PipelineState | None
+
+    @property
+    def total_steps(self) -> int:
+        return self.driver.total_steps
+
+    @property
+    def steps_done(self) -> int:
+        return self.driver.steps_done
+
+
+class ModularAdapter:
+    """Each role is a pipeline of its own, with that role's blocks and components only."""
+
+    def __init__(self, spec: LoadSpec) -> None:
+        """Raises ``UnsupportedModel`` for a component that can't be loaded."""
+        self._family = family_named(spec.card.family)
+        self._device = torch.device(spec.device)
+        stages = split_stages(self._family)
+        encode, denoise, decode = stages["encode"], stages["denoise"], stages["decode"]
+        self.conditioning_names = crossing([encode], [denoise, decode])
+        self.latents_names = crossing([encode, denoise], [decode])
+        self._timestep = ExactTimestep()
+        stages["denoise"] = with_step_hook(denoise, self._before_step)
+        self._stages: Mapping[Role, Stage] = {role: stages[role] for role in spec.roles}
+        components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
+        self._pipelines = {role: self._pipeline(role, spec.card.path, components) for role in sorted(spec.roles)}
+
+    def encode(self, requests: Sequence[Request]) -> State:
+        pipeline, state = self._prepare("encode", only(requests).params, {})
+        self._execute("encode", pipeline, state)
+        return _collect(state, self.conditioning_names)
+
+    def begin(self, requests: Sequence[Request], state: State) -> ModularSession:
+        pipeline, blocks_state = self._prepare("denoise", only(requests).params, state)
+        driver = StepDriver(lambda: self._execute("denoise", pipeline, blocks_state))
+        driver.start()
+        return ModularSession(driver, blocks_state)
+
+    def step(self, session: DenoiseSession) -> bool:
+        return _own(session).driver.step()
+
+    def finish(self, session: DenoiseSession) -> State:
+        session = _own(session)
+        if session.state is None or not session.driver.finished:
+            raise ValueError("steps remain in this session, or it was abandoned")
+        return _collect(session.state, self.latents_names)
+
+    def abandon(self, session: DenoiseSession) -> None:
+        session = _own(session)
+        session.driver.close()
+        session.state = None
+
+    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
+        pipeline, blocks_state = self._prepare("decode", only(requests).params, state)
+        self._execute("decode", pipeline, blocks_state)
+        pixels = blocks_state.get("images" if self._family.media == "image" else "videos")
+        return [to_frames(pixels[0])]
+
+    # ------------------------------------------------------------ set-up of a role
+
+    def _pipeline(self, role: Role, path: str, components: ComponentStore) -> Any:
+        """A pipeline with the role's components, and with the sizes of the others.
+
+        Built with the class of the full pipeline: diffusers would guess another one from the first block.
+        """
+        pipeline_class = getattr(diffusers, self._family.modular_class)
+        pipeline = pipeline_class(blocks=self._stages[role].blocks, pretrained_model_name_or_path=path)
+        for name in pipeline.pretrained_component_names:
+            setattr(pipeline, name, components.get(name))
+        for name in _STAND_INS:
+            if name not in pipeline.component_names:
+                setattr(pipeline, name, components.stand_in(name))
+        if role == "encode" and self._family.chat_template and not pipeline.tokenizer.chat_template:
+            raise UnsupportedModel(f"the tokenizer in {path} has no chat template, which {self._family.name} needs")
+        if role == "denoise" and self._family.exact_timestep:
+            pipeline.transformer.register_forward_pre_hook(self._timestep, with_kwargs=True)
+        return pipeline
+
+    # ------------------------------------------------------------ one request
+
+    def _prepare(self, role: Role, params: SamplingParams, state: State) -> tuple[Any, PipelineState]:
+        """A pipeline and a state of this request's own: schedulers and guiders are changed by a run."""
+        pipeline = copy.copy(self._pipelines[role])
+        if "scheduler" in pipeline.component_names:
+            pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        if "guider" in pipeline.component_names:
+            pipeline.guider = self._guider(role, params)
+        stage = self._stages[role]
+        blocks_state = PipelineState()
+        for name, value in state.items():
+            blocks_state.set(name, unpack(value, self._device), value.kwargs_type)
+        given = self._inputs(role, params)
+        for name, default in stage.defaults.items():
+            if name in given or name not in blocks_state.values:
+                blocks_state.set(name, given.get(name, default), stage.kwargs_types[name])
+        return pipeline, blocks_state
+
+    def _execute(self, role: Role, pipeline: Any, state: PipelineState) -> None:
+        for block in self._stages[role].leaves:
+            block(pipeline, state)
+
+    def _guider(self, role: Role, params: SamplingParams) -> Any:
+        guidance = self._family.guidance
+        if role == "encode" and guidance.always_negative:
+            return ClassifierFreeGuidance()
+        scale, enabled = params.guidance_scale, self._is_guided(params)
+        return ClassifierFreeGuidance(guidance_scale=scale, enabled=enabled, **guidance.options)
+
+    def _is_guided(self, params: SamplingParams) -> bool:
+        guidance = self._family.guidance
+        return guidance.via == "guider" and (params.guidance_scale or 0.0) > guidance.above
+
+    def _inputs(self, role: Role, params: SamplingParams) -> dict[str, Any]:
+        """The request in the blocks' words."""
+        inputs: dict[str, Any] = {
+            "prompt": params.prompt,
+            "negative_prompt": None,
+            "height": params.height,
+            "width": params.width,
+            "num_frames": params.num_frames,
+            "num_inference_steps": params.num_inference_steps,
+            "generator": torch.Generator("cpu").manual_seed(params.seed or 0),
+            "output_type": "pt",
+        }
+        if self._is_guided(params):
+            inputs["negative_prompt"] = params.negative_prompt or self._family.guidance.negative
+        if self._family.guidance.via == "input":
+            inputs["guidance_scale"] = params.guidance_scale
+        if self._family.needs_image and role == "encode":
+            inputs["image"] = open_image(params)
+        return {**inputs, **self._family.inputs}
+
+    def _before_step(self, blocks_state: Any, timestep: torch.Tensor) -> None:
+        pause(len(blocks_state.timesteps))
+        self._timestep.value = timestep
+
+
+class ExactTimestep:
+    """Forward pre-hook that gives the transformer the scheduler's timestep as it is.
+
+    Wan's modular block rounds it to the dtype of the weights (in bfloat16 999 becomes 1000); the stock pipeline does
+    not. One step runs at a time, so one value is enough.
+    """
+
+    value: torch.Tensor | None = None
+
+    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self.value is None:
+            return args, kwargs
+        return args, kwargs | {"timestep": self.value.expand(kwargs["timestep"].shape)}
+
+
+def _own(session: DenoiseSession) -> ModularSession:
+    if not isinstance(session, ModularSession):
+        raise TypeError(f"a ModularSession is needed, not a {type(session).__name__}")
+    return session
+
+
+def _collect(state: PipelineState, names: Iterable[str]) -> State:
+    """The values that cross the next edge, latents first. None, "not there" in diffusers, does not travel."""
+    groups = {name: group for group, members in state.kwargs_mapping.items() for name in members}
+    ordered = sorted(names, key=lambda name: (name != "latents", name))
+    present = {name: state.values[name] for name in ordered if state.values.get(name) is not None}
+    return {name: pack(name, value, groups.get(name)) for name, value in present.items()}

@@ -1,0 +1,64 @@
+"""Drive a denoise loop that somebody else wrote one step at a time.
+
+diffusers' loops (of blocks and of pipelines) offer no way to stop between two steps. So the loop runs in a greenlet and
+a hook inside it calls ``pause`` before each step. Many loops can interleave on one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+
+def pause(total_steps: int) -> None:
+    """Called inside a driven loop before each step: give control back to the driver until the step is wanted."""
+    driver = getcurrent().parent
+    if driver is None:
+        raise RuntimeError("pause() outside a StepDriver")
+    driver.switch(total_steps)
+
+
+class StepDriver:
+    """A loop that advances on demand. Bound to the thread that made it.
+
+    Greenlets share the thread's torch state: a ``no_grad`` that one entered and another left would switch gradients on
+    for all. So each turn of the loop runs under a ``no_grad`` of its own here, which ends with the turn; what the loop
+    itself restores is then always "off".
+    """
+
+    def __init__(self, loop: Callable[[], object]) -> None:
+        self._greenlet = greenlet(loop)
+        self.total_steps = 0
+        self.steps_done = 0
+
+    @property
+    def finished(self) -> bool:
+        """The loop returned, raised, or was closed."""
+        return bool(self._greenlet.dead)
+
+    def start(self) -> None:
+        """Run everything before the first step; ``total_steps`` is known then. Raises what the loop raises."""
+        total = self._turn()
+        if self.finished:
+            raise RuntimeError("the loop ended without a step")
+        self.total_steps = int(total)  # type: ignore[call-overload]
+
+    def step(self) -> bool:
+        """Run one step; after the last one also the rest of the loop. True while steps remain."""
+        if self.finished:
+            raise ValueError("no steps remain in this session")
+        self._turn()
+        self.steps_done += 1
+        return not self.finished
+
+    def close(self) -> None:
+        """Unwind the loop where it stands, so that everything it holds is freed. Does nothing where it ended."""
+        if self._greenlet and not self.finished:
+            with torch.no_grad():
+                self._greenlet.throw(GreenletExit)
+
+    def _turn(self) -> object:
+        with torch.no_grad():
+            return self._greenlet.switch()

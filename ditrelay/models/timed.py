@@ -1,0 +1,161 @@
+"""A model whose stages sleep: measures the engine without the noise of real compute, and fails on demand.
+
+Real tensors of the given size move between the stages; the picture depends on every byte of them, so a payload that
+was corrupted or swapped shows.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ditrelay.errors import InvalidRequest
+from ditrelay.models.timed_options import TimedOptions
+from ditrelay.models.values import only
+from ditrelay.runtime.payloads import State, StateValue
+from ditrelay.runtime.request import Request, SamplingParams
+
+if TYPE_CHECKING:
+    from ditrelay.models.adapter import DenoiseSession, Frames
+
+_FAULT = re.compile(r"\[(fail|hang|exit|invalid) (encode|denoise|decode)\]")
+_HANG_SECONDS = 3600.0
+_EXIT_CODE = 9
+
+
+@dataclass
+class TimedSession:
+    """A denoise that sleeps."""
+
+    params: SamplingParams
+    digest: int
+    total_steps: int
+    steps_done: int = 0
+    abandoned: bool = field(default=False, repr=False)
+
+
+class TimedAdapter:
+    """``StageAdapter`` of ``builtin:timed``. Encode and decode hold one lock, as if they shared a device.
+
+    A prompt with ``[fail STAGE]``, ``[hang STAGE]``, ``[exit STAGE]`` or ``[invalid STAGE]`` makes that stage raise
+    ``RuntimeError``, sleep an hour, end the process with code 9, or raise ``InvalidRequest``. In the denoise that
+    happens half way through the steps.
+    """
+
+    conditioning_names = frozenset({"conditioning", "masks", "prompt_chars"})
+    latents_names = frozenset({"latents"})
+
+    def __init__(self, options: TimedOptions, *, device: str = "cpu", world_size: int = 1) -> None:
+        """With ``world_size`` > 1, each step has a collective on the default group, as a parallel model has."""
+        self._options = options
+        self._device = torch.device(device)
+        self._world_size = world_size
+        self._lock = threading.Lock()
+
+    def encode(self, requests: Sequence[Request]) -> State:
+        params = only(requests).params
+        _fault("encode", params)
+        with self._lock, _Lasting(self._options.encode):
+            digest = zlib.crc32(params.prompt.encode(), _seed(params) & 0xFFFFFFFF)
+            return {
+                "conditioning": StateValue(self._pattern(digest, self._options.conditioning_mb)),
+                "masks": StateValue([self._pattern(digest + i, 64e-6) for i in (1, 2)]),
+                "prompt_chars": StateValue(len(params.prompt)),
+            }
+
+    def begin(self, requests: Sequence[Request], state: State) -> TimedSession:
+        params = only(requests).params
+        return TimedSession(params, _digest(state), params.num_inference_steps or self._options.steps)
+
+    def step(self, session: DenoiseSession) -> bool:
+        session = _own(session)
+        if session.abandoned or session.steps_done >= session.total_steps:
+            raise ValueError("no steps remain in this session")
+        with _Lasting(self._options.denoise / self._options.steps):
+            if session.steps_done == session.total_steps // 2:
+                _fault("denoise", session.params)
+            if self._world_size > 1:
+                dist.all_reduce(torch.ones(1, device=self._device))
+            session.steps_done += 1
+            session.digest = zlib.crc32(session.steps_done.to_bytes(4, "little"), session.digest)
+        return session.steps_done < session.total_steps
+
+    def finish(self, session: DenoiseSession) -> State:
+        return {"latents": StateValue(self._pattern(_own(session).digest, self._options.latents_mb))}
+
+    def abandon(self, session: DenoiseSession) -> None:
+        _own(session).abandoned = True
+
+    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
+        params = only(requests).params
+        _fault("decode", params)
+        with self._lock, _Lasting(self._options.decode):
+            noise = np.random.default_rng(_digest(state))
+            return [noise.integers(0, 256, (1, params.height or 64, params.width or 64, 3), dtype=np.uint8)]
+
+    def _pattern(self, digest: int, megabytes: float) -> torch.Tensor:
+        """int32 tensor [n]: cheap to make, different for each digest, no two elements alike."""
+        count = max(1, round(megabytes * 1e6 / 4))
+        return torch.arange(count, dtype=torch.int32, device=self._device) + (digest & 0x3FFFFFFF)
+
+
+class _Lasting:
+    """A block that takes at least ``seconds`` in all."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        self._until = time.monotonic() + self._seconds
+
+    def __exit__(self, *_: object) -> None:
+        time.sleep(max(0.0, self._until - time.monotonic()))
+
+
+def _own(session: DenoiseSession) -> TimedSession:
+    if not isinstance(session, TimedSession):
+        raise TypeError(f"a TimedSession is needed, not a {type(session).__name__}")
+    return session
+
+
+def _seed(params: SamplingParams) -> int:
+    return params.seed or 0
+
+
+def _digest(state: State) -> int:
+    """CRC-32 over every value of the state, in the order of the names."""
+    digest = 0
+    for _, value in sorted(state.items()):
+        content = value.value
+        tensors = [content] if isinstance(content, torch.Tensor) else content if isinstance(content, list) else []
+        for tensor in tensors:
+            if isinstance(tensor, torch.Tensor):
+                digest = zlib.crc32(tensor.cpu().numpy().data, digest)
+        if not tensors:
+            digest = zlib.crc32(repr(content).encode(), digest)
+    return digest
+
+
+def _fault(stage: str, params: SamplingParams) -> None:
+    for kind, where in _FAULT.findall(params.prompt):
+        if where != stage:
+            continue
+        match kind:
+            case "fail":
+                raise RuntimeError(f"{stage} fails because the prompt asks for it")
+            case "hang":
+                time.sleep(_HANG_SECONDS)
+            case "exit":
+                os._exit(_EXIT_CODE)
+            case _:
+                raise InvalidRequest("prompt", f"{stage} refuses it because the prompt asks for it")

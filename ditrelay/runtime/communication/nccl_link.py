@@ -1,0 +1,89 @@
+"""NCCL under one end of an edge: its own communicator and its own CUDA stream."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+from torch._C._distributed_c10d import Store
+
+from ditrelay.runtime.communication.endpoint import Job, LinkDown, first_line
+from ditrelay.runtime.communication.raw_group import RawGroup, nccl_group
+
+# Our own deadline comes first; the watchdog's only ends what our thread could not.
+_WATCHDOG_FACTOR = 3.0
+_FIRST_PAUSE = 20e-6
+_LONGEST_PAUSE = 1e-3
+
+
+class NcclLink:
+    """A raw two-rank NCCL group.
+
+    The thread never blocks in CUDA or NCCL: it puts the transfer on the edge's stream and looks for the event behind
+    it, so a peer that died or stands still can be given up at the deadline by aborting the communicator (which also
+    ends the kernel that waits on the GPU).
+
+    NCCL's watchdog reads what it does about an error from the environment of the process
+    (``TORCH_NCCL_ASYNC_ERROR_HANDLING``; its default ends the whole process), so the launcher sets that.
+
+    Args:
+        meeting: the edge's store.
+        end: 0 sends, 1 receives.
+        device: this rank's GPU.
+        timeout: seconds that one transfer may take.
+    """
+
+    def __init__(self, meeting: Store, end: int, device: torch.device, timeout: float) -> None:
+        self._end = end
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._interrupted = threading.Event()
+        self._group: RawGroup | None = nccl_group(meeting, end, _WATCHDOG_FACTOR * timeout)
+
+    def mark(self) -> torch.cuda.Event:
+        """What wrote the tensors to send, or still reads the memory to receive into, is on the caller's stream."""
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record(torch.cuda.current_stream(self._device))
+        return ready
+
+    def move(self, job: Job, deadline: float) -> None:
+        try:
+            self._complete(self._post(job), deadline)
+        except RuntimeError as error:
+            self.disconnect()
+            raise LinkDown(first_line(error)) from error
+        except LinkDown:
+            self.disconnect()  # before the tensors are let go of: the kernel that waits may still write to them
+            raise
+
+    def interrupt(self) -> None:
+        self._interrupted.set()
+
+    def disconnect(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
+    def _post(self, job: Job) -> torch.cuda.Event:
+        assert self._group is not None, "moved after disconnect"
+        post = self._group.send if self._end == 0 else self._group.recv
+        finished = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            if job.ready is not None:
+                self._stream.wait_event(job.ready)
+            for view in job.views:
+                view.record_stream(self._stream)
+                post([view], 1 - self._end, 0).wait()  # orders the edge's stream after NCCL's own; does not block
+            finished.record(self._stream)
+        job.work.post(finished)
+        return finished
+
+    def _complete(self, finished: torch.cuda.Event, deadline: float) -> None:
+        pause = _FIRST_PAUSE
+        while not finished.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() >= deadline:
+                raise LinkDown("the deadline passed", timed_out=True)
+            if self._interrupted.wait(pause):
+                raise LinkDown("closed while a transfer was under way")
+            pause = min(2 * pause, _LONGEST_PAUSE)

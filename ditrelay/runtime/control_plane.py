@@ -1,0 +1,144 @@
+"""The control plane: typed msgspec messages over ZeroMQ, between the head and its workers on one host.
+
+Each worker process has a command socket of its own (so nothing meant for a dead process reaches its successor), and all
+workers push events to one socket of the head. Every event carries the incarnation of the process that sent it. The
+sockets are files in a directory that only the user may enter.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from ditrelay.runtime.messages import Command, LogLine, WorkerEvent
+
+_ENVELOPE = struct.Struct("<II")
+
+
+def events_address(run_dir: str) -> str:
+    return f"ipc://{run_dir}/events"
+
+
+def commands_address(run_dir: str, rank: int, incarnation: int) -> str:
+    return f"ipc://{run_dir}/commands-{rank}.{incarnation}"
+
+
+def replica_address(run_dir: str, rank: int, incarnation: int) -> str:
+    """Where a replica's leader reaches its peer ``rank``."""
+    return f"ipc://{run_dir}/replica-{rank}.{incarnation}"
+
+
+class HeadSockets:
+    """The head's ends. Used by one thread only.
+
+    Attributes:
+        events: the socket to poll for events.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self._run_dir = run_dir
+        self._context = zmq.Context()
+        self.events = self._context.socket(zmq.PULL)
+        self.events.set_hwm(0)
+        self.events.bind(events_address(run_dir))
+        self._commands: dict[int, zmq.Socket[bytes]] = {}
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(WorkerEvent)
+
+    def open(self, rank: int, incarnation: int) -> None:
+        """A new process is about to start as ``rank``; commands to its predecessor are thrown away."""
+        self.close_rank(rank)
+        socket = self._context.socket(zmq.PUSH)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(commands_address(self._run_dir, rank, incarnation))
+        self._commands[rank] = socket
+
+    def close_rank(self, rank: int) -> None:
+        if socket := self._commands.pop(rank, None):
+            socket.close()
+
+    def send(self, command: Command) -> None:
+        """Queue a command; one to a process that is gone vanishes (its end is an event of its own)."""
+        if socket := self._commands.get(command.rank):
+            socket.send(self._encoder.encode(command), zmq.NOBLOCK)
+
+    def receive_all(self) -> Iterator[tuple[int, int, WorkerEvent]]:
+        """What has arrived, without waiting: (rank, incarnation, event)."""
+        while True:
+            try:
+                envelope, body = self.events.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            rank, incarnation = _ENVELOPE.unpack(envelope)
+            yield rank, incarnation, self._decoder.decode(body)
+
+    def flush_and_close(self, linger: float) -> None:
+        """Let queued commands go out for at most ``linger`` seconds, then close everything."""
+        for socket in self._commands.values():
+            socket.close(linger=round(linger * 1000))
+        self.events.close(linger=0)
+        self._context.term()
+
+
+class WorkerSockets:
+    """A worker's ends: ``commands`` belongs to the control thread, ``emit`` may be called by any thread."""
+
+    def __init__(self, run_dir: str, rank: int, incarnation: int) -> None:
+        self._context = zmq.Context()
+        self.commands = self._context.socket(zmq.PULL)
+        self.commands.set_hwm(0)
+        self.commands.connect(commands_address(run_dir, rank, incarnation))
+        self._events = self._context.socket(zmq.PUSH)
+        self._events.set_hwm(0)
+        self._events.connect(events_address(run_dir))
+        self._lock = threading.Lock()
+        self._envelope = _ENVELOPE.pack(rank, incarnation)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(Command)
+
+    def emit(self, event: WorkerEvent) -> None:
+        """Queue an event to the head; thread-safe, does not wait."""
+        body = self._encoder.encode(event)
+        with self._lock:
+            if not self._events.closed:
+                self._events.send_multipart((self._envelope, body))
+
+    def receive_all(self) -> Iterator[Command]:
+        while True:
+            try:
+                yield self._decoder.decode(self.commands.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+
+    def close(self, linger: float) -> None:
+        """Let queued events go out for at most ``linger`` seconds, then close."""
+        with self._lock:
+            self._events.close(linger=round(linger * 1000))
+            self.commands.close(linger=0)
+        self._context.term()
+
+
+class HeadLogHandler(logging.Handler):
+    """Sends a worker's log records to the head, which logs them again under the same logger."""
+
+    def __init__(self, rank: int, sockets: WorkerSockets) -> None:
+        super().__init__()
+        self._rank = rank
+        self._sockets = sockets
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._sockets.emit(LogLine(self._rank, record.name, record.levelno, self.format(record)))
+
+
+def make_run_dir() -> Path:
+    """A directory for the sockets that only this user may enter."""
+    return Path(tempfile.mkdtemp(prefix="ditrelay-"))  # mkdtemp makes it with mode 0700

@@ -1,0 +1,337 @@
+"""The head's loop: one thread that owns the scheduler, the control plane and the worker processes.
+
+It only moves things: events from workers and clients go into the scheduler, the actions that come back are carried out.
+What is decided is decided in scheduler.py; what is recorded for people is recorded in request_log.py.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import os
+import queue
+import select
+import shutil
+import threading
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import zmq
+
+from ditrelay.errors import StartupError
+from ditrelay.models.card import ModelCard
+from ditrelay.runtime.communication.store import StoreServer
+from ditrelay.runtime.control_plane import HeadSockets, make_run_dir
+from ditrelay.runtime.launcher import Launcher, ProcessHandle
+from ditrelay.runtime.messages import (
+    Action,
+    CancelRequest,
+    Finish,
+    Heartbeat,
+    Kill,
+    LogLine,
+    Reject,
+    SchedulerEvent,
+    Shutdown,
+    Spawn,
+    Submit,
+    Tick,
+    WorkerDown,
+    WorkerEvent,
+    WorkerFailed,
+)
+from ditrelay.runtime.request_log import RequestLog
+from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig
+from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.status import EngineStatus, WorkerStatus
+from ditrelay.runtime.topology import Topology, role_name
+from ditrelay.runtime.worker_spec import WorkerSpec
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.1
+HEARTBEAT_TIMEOUT = 30.0  # seconds without a heartbeat after which a worker counts as hung
+LAST_WORDS_SECONDS = 0.05  # what a process sent before it ended may arrive a moment after its end is seen
+SHUTDOWN_SECONDS = 3.0
+
+
+@dataclass
+class _Process:
+    handle: ProcessHandle
+    incarnation: int
+    last_beat: float
+    heartbeat: Heartbeat | None = None
+    failure: str = ""
+    ended_at: float | None = None
+
+
+class Controller:
+    """Runs one fleet of workers.
+
+    Args:
+        args, card, topology: what to run and where.
+        launcher: starts processes.
+        device_type: ``cpu`` or ``cuda``.
+        log: is told of every event that clients care for; called from the controller's thread.
+    """
+
+    def __init__(
+        self,
+        args: ServerArgs,
+        card: ModelCard,
+        topology: Topology,
+        launcher: Launcher,
+        device_type: str,
+        log: RequestLog,
+    ) -> None:
+        self.args = args
+        self.topology = topology
+        self.fleet_up: Future[None] = Future()
+        self._card = card
+        self._launcher = launcher
+        self._device_type = device_type
+        self._log = log
+        self._scheduler = Scheduler(topology, scheduler_config(args), on_state=log.state_changed)
+        self._run_dir = make_run_dir()
+        self._store = StoreServer("127.0.0.1")
+        self._sockets = HeadSockets(str(self._run_dir))
+        self._processes: dict[int, _Process] = {}
+        self._incarnations: dict[int, int] = {}
+        self._down_reasons: dict[int, str] = {}
+        self._inbox: queue.SimpleQueue[SchedulerEvent] = queue.SimpleQueue()
+        self._deadlines: list[tuple[float, str]] = []
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller = zmq.Poller()
+        self._poller.register(self._sockets.events, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self.status = self._make_status()
+
+    # ------------------------------------------------------------ called from any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, event: Submit | CancelRequest) -> None:
+        """Hand an event of a client to the loop."""
+        self._inbox.put(event)
+        os.eventfd_write(self._wake, 1)
+
+    def stop(self, timeout: float) -> None:
+        """End all workers and the loop; the processes are gone on return."""
+        self._stopping.set()
+        os.eventfd_write(self._wake, 1)
+        self._thread.join(timeout)
+
+    # ------------------------------------------------------------ the loop
+
+    def _run(self) -> None:
+        try:
+            self._perform(self._scheduler.start(time.monotonic()))
+            next_tick = time.monotonic() + TICK_SECONDS
+            while not self._stopping.is_set():
+                self._wait(next_tick)
+                self._take_inbox()
+                self._take_worker_events()
+                self._bury_the_dead(time.monotonic())
+                if time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + TICK_SECONDS
+                    self._tick()
+        except Exception as error:  # the loop's own fault must reach every waiting client
+            logger.exception("the engine's control loop failed")
+            self._log.close(f"the engine's control loop failed: {error}")
+            self._fail_startup(f"the engine's control loop failed: {error}")
+        finally:
+            self._end_workers()
+            self._log.close("the engine is shut down")
+
+    def _wait(self, until: float) -> None:
+        """Sleep until something happens or ``until`` is reached; notes which processes ended."""
+        dying = any(process.ended_at for process in self._processes.values())
+        timeout = min(max(0.0, until - time.monotonic()), LAST_WORDS_SECONDS if dying else TICK_SECONDS)
+        ready = dict(self._poller.poll(round(timeout * 1000)))
+        if ready.pop(self._wake, None):
+            os.eventfd_read(self._wake)
+        ready.pop(self._sockets.events, None)
+        for process in self._processes.values():
+            if ready and process.handle.fileno() in ready:
+                process.ended_at = time.monotonic()
+                self._poller.unregister(process.handle.fileno())
+
+    def _take_inbox(self) -> None:
+        while not self._inbox.empty():
+            event = self._inbox.get()
+            if isinstance(event, Submit):
+                deadline = time.monotonic() + self.args.request_timeout
+                heapq.heappush(self._deadlines, (deadline, event.request.request_id))
+            self._feed(event)
+
+    def _take_worker_events(self) -> None:
+        for rank, incarnation, event in self._sockets.receive_all():
+            process = self._processes.get(rank)
+            if process is None or process.incarnation != incarnation:
+                continue  # the last words of a process that is already replaced
+            process.last_beat = time.monotonic()
+            self._on_worker_event(process, event)
+
+    def _on_worker_event(self, process: _Process, event: WorkerEvent) -> None:
+        match event:
+            case Heartbeat():
+                process.heartbeat = event
+            case LogLine(logger=name, level=level, text=text):
+                logging.getLogger(name).log(level, "%s", text)
+            case WorkerFailed(reason=reason):
+                process.failure = reason
+            case _:
+                self._log.observe(event)
+                self._feed(event)
+
+    def _feed(self, event: SchedulerEvent) -> None:
+        self._perform(self._scheduler.on_event(event, time.monotonic()))
+        if self._scheduler.ready and not self.fleet_up.done():
+            self.status = self._make_status()
+            self.fleet_up.set_result(None)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request_id = heapq.heappop(self._deadlines)[1]
+            reason = f"not done within --request-timeout {self.args.request_timeout:g} s"
+            self._feed(CancelRequest(request_id, reason))
+        for process in self._processes.values():
+            if now - process.last_beat > HEARTBEAT_TIMEOUT:
+                process.failure = f"no heartbeat for {HEARTBEAT_TIMEOUT:g} s"
+                process.handle.kill()  # its end is noticed like any other
+                process.last_beat = now
+        self._feed(Tick())
+        self.status = self._make_status()
+
+    # ------------------------------------------------------------ actions
+
+    def _perform(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Spawn(rank=rank):
+                    self._spawn(rank)
+                case Kill(rank=rank, reason=reason):
+                    self._forget(rank, reason)
+                case Finish(request_id=request_id, outcome=outcome, reason=reason, invalid_param=param):
+                    self._log.finish(request_id, outcome, reason, param)
+                case Reject(request_id=request_id, limit=limit):
+                    self._log.reject(request_id, limit)
+                case _:
+                    self._sockets.send(action)
+
+    def _spawn(self, rank: int) -> None:
+        incarnation = self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
+        self._sockets.open(rank, incarnation)
+        try:
+            handle = self._launcher.start(self._spec(rank, incarnation))
+        except OSError as error:
+            self._feed(WorkerDown(rank, f"could not be started: {error}"))
+            return
+        self._processes[rank] = _Process(handle, incarnation, time.monotonic())
+        self._poller.register(handle.fileno(), zmq.POLLIN)
+
+    def _spec(self, rank: int, incarnation: int) -> WorkerSpec:
+        return WorkerSpec(
+            rank=rank,
+            incarnation=incarnation,
+            args=self.args,
+            card=self._card,
+            topology=self.topology,
+            device_type=self._device_type,
+            run_dir=str(self._run_dir),
+            store_host=self._store.host,
+            store_port=self._store.port,
+            head_pid=os.getpid(),
+        )
+
+    def _forget(self, rank: int, reason: str) -> None:
+        """Kill a process; nothing that it still says counts."""
+        self._down_reasons[rank] = reason
+        if process := self._processes.pop(rank, None):
+            logger.warning("rank %d is killed: %s", rank, reason)
+            process.handle.kill()
+            self._let_go(rank, process)
+
+    def _bury_the_dead(self, now: float) -> None:
+        """Tell the scheduler of processes that ended, once their last words have arrived."""
+        for rank, process in list(self._processes.items()):
+            if process.ended_at is not None and now - process.ended_at >= LAST_WORDS_SECONDS:
+                self._bury(rank, process)
+
+    def _bury(self, rank: int, process: _Process) -> None:
+        reason = process.failure or "its process ended without a word"
+        role = role_name(self.topology.roles_of(rank))
+        logger.error("rank %d (%s) is down: %s", rank, role, reason)
+        self._down_reasons[rank] = reason
+        del self._processes[rank]
+        self._let_go(rank, process)
+        if not self.fleet_up.done():
+            self._fail_startup(f"rank {rank} ({role}) did not start: {reason}")
+            self._stopping.set()
+            return
+        self._feed(WorkerDown(rank, reason))
+
+    def _let_go(self, rank: int, process: _Process) -> None:
+        if process.ended_at is None:
+            self._poller.unregister(process.handle.fileno())
+        process.handle.close()
+        self._sockets.close_rank(rank)
+
+    def _fail_startup(self, reason: str) -> None:
+        if not self.fleet_up.done():
+            self.fleet_up.set_exception(StartupError(reason))
+
+    # ------------------------------------------------------------ status and end
+
+    def _make_status(self) -> EngineStatus:
+        counts = self._log.counts()
+        return EngineStatus(
+            ready=self._scheduler.ready,
+            workers=tuple(self._worker_status(rank) for rank in range(self.topology.world_size)),
+            **counts,
+        )
+
+    def _worker_status(self, rank: int) -> WorkerStatus:
+        process = self._processes.get(rank)
+        state = self._scheduler.worker_state(rank)
+        return WorkerStatus(
+            rank=rank,
+            role=role_name(self.topology.roles_of(rank)),
+            state=state,
+            pid=process.handle.pid if process else None,
+            restarts=self._incarnations.get(rank, 0),
+            reason=self._down_reasons.get(rank, "") if state == "down" else "",
+            memory=process.heartbeat if process else None,
+        )
+
+    def _end_workers(self) -> None:
+        """Ask every worker to stop, then kill what is left after ``SHUTDOWN_SECONDS``."""
+        for rank in self._processes:
+            self._sockets.send(Shutdown(rank))
+        until = time.monotonic() + SHUTDOWN_SECONDS
+        for process in self._processes.values():
+            select.select([process.handle.fileno()], [], [], max(0.0, until - time.monotonic()))
+            process.handle.kill()
+            process.handle.close()
+        self._processes.clear()
+        self._sockets.flush_and_close(0.0)
+        shutil.rmtree(self._run_dir, ignore_errors=True)
+        os.close(self._wake)
+
+
+def scheduler_config(args: ServerArgs) -> SchedulerConfig:
+    return SchedulerConfig(
+        max_pending_transfers=args.max_pending_transfers,
+        max_pending_bytes=args.max_pending_bytes,
+        max_queue=args.max_queue,
+        lock_step=not args.use_async_comm,
+        transfer_timeout=args.dist_timeout,
+        stage_timeout=args.stage_timeout,
+        startup_timeout=args.startup_timeout,
+        max_attempts=args.max_attempts,
+    )

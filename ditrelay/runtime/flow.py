@@ -1,0 +1,224 @@
+"""A request's way forward: queue, encode, hop, denoise, hop, decode, done.
+
+Both hops are one mechanism. Before a stage is dispatched, a credit for its product is *reserved* from the pool of its
+unit. When the product is there, the destination is *chosen*: the least loaded unit with a free credit and room in
+bytes. The credit is returned when the destination's stage *starts*. A product that finds no edge is held where it was
+made and keeps its reservation. Two stages of one unit are joined by a local edge: same credits, nothing is sent.
+"""
+
+from __future__ import annotations
+
+from ditrelay.runtime.ledger import Ledger
+from ditrelay.runtime.messages import (
+    Decode,
+    Decoded,
+    Denoise,
+    Denoised,
+    Encode,
+    Encoded,
+    Expect,
+    Finish,
+    Received,
+    Reject,
+    Release,
+    Send,
+    Stage,
+    Started,
+    StepDone,
+    Submit,
+)
+from ditrelay.runtime.recovery import Recovery
+from ditrelay.runtime.request import RequestState
+from ditrelay.runtime.schedule_state import NEXT, EdgeState, Record, Station
+
+# One stage runs at the worker and the next one is there already, so that the way to the head never idles it.
+DISPATCH_DEPTH = 2
+
+
+class Flow:
+    """Takes the events of requests that go forward; ``pump`` starts whatever an event made possible."""
+
+    def __init__(self, ledger: Ledger, recovery: Recovery) -> None:
+        self._ledger = ledger
+        self._recovery = recovery
+
+    # ------------------------------------------------------------ events
+
+    def submit(self, event: Submit) -> None:
+        ledger, request = self._ledger, event.request
+        assert request.request_id not in ledger.records, f"request id {request.request_id} is in use"
+        if ledger.lost_roles:
+            reason = next(iter(ledger.lost_roles.values()))
+            ledger.finish(Finish(request.request_id, "failed", reason))
+        elif len(ledger.queue) >= ledger.config.max_queue:
+            ledger.out.append(Reject(request.request_id, ledger.config.max_queue))
+        else:
+            ledger.accept(request)
+
+    def started(self, event: Started) -> None:
+        found = self._ledger.at_worker(event.rank, event.request_id, event.stage)
+        if found is not None:
+            record, station = found
+            station.running = record
+            self._ledger.sign_of_life(station)
+            self._begin(record, station)
+
+    def step_done(self, event: StepDone) -> None:
+        found = self._ledger.at_worker(event.rank, event.request_id, "denoise")
+        if found is not None:
+            self._ledger.sign_of_life(found[1])
+
+    def encoded(self, event: Encoded) -> None:
+        self._made(event, "encode")
+
+    def denoised(self, event: Denoised) -> None:
+        self._made(event, "denoise")
+
+    def decoded(self, event: Decoded) -> None:
+        found = self._completed(event.rank, event.request_id, "decode")
+        if found is not None:
+            record, _ = found
+            self._ledger.move(record, RequestState.DONE)
+            self._ledger.finish(Finish(record.id, "done"))
+            self._ledger.forget(record)
+
+    def received(self, event: Received) -> None:
+        record = self._ledger.on_edge(event)
+        if record is None:
+            return
+        assert record.edge is not None
+        record.edge.failures = 0
+        self._ledger.landed(record)
+        if not record.state.ended:
+            self._arrive(record, record.edge.dst)
+
+    # ------------------------------------------------------------ stages
+
+    def _begin(self, record: Record, station: Station) -> None:
+        """The stage computes, so its input is out of the window. A zombie's credit comes back with ``Dropped`` only."""
+        if record.edge is not None and not record.state.ended:
+            self._ledger.return_credit(record)
+            self._ledger.move(record, station.states.running)
+
+    def _completed(self, rank: int, request_id: str, stage: Stage) -> tuple[Record, Station] | None:
+        """Takes a live request off its station; the copy that its input was made from is not needed any more."""
+        ledger = self._ledger
+        found = ledger.at_worker(rank, request_id, stage)
+        if found is None:
+            return None
+        record, station = found
+        self._begin(record, station)
+        ledger.computed(record, station)
+        if record.state.ended:
+            return None
+        if record.source is not None:
+            ledger.out.append(Release(record.source.leader, request_id))
+            ledger.unkeep(record)
+        ledger.unbind(record)
+        return found
+
+    def _made(self, event: Encoded | Denoised, stage: Stage) -> None:
+        found = self._completed(event.rank, event.request_id, stage)
+        if found is None:
+            return
+        record, station = found
+        self._ledger.move(record, station.states.made)
+        self._ledger.keep(record, station, event.header)
+        limit = self._ledger.config.max_pending_bytes
+        if record.nbytes > limit:
+            reason = f"the payload made by {stage} has {record.nbytes} bytes, an edge takes {limit}"
+            self._recovery.fail(record, f"{reason}; raise --max-pending-bytes")
+        else:
+            self._ledger.hold(record)
+
+    # ------------------------------------------------------------ what became possible
+
+    def pump(self) -> None:
+        """Sends what is held and dispatches what waits, at every station where something changed."""
+        ledger = self._ledger
+        while ledger.dirty:
+            station, _ = ledger.dirty.popitem()
+            if station.held:
+                self._send_held(station)
+            if station.stage == "encode":
+                ledger.queue_dirty = True
+            else:
+                self._dispatch_waiting(station)
+        if ledger.queue_dirty:
+            ledger.queue_dirty = False
+            self._dispatch_queued()
+
+    def _dispatch_queued(self) -> None:
+        queue = self._ledger.queue
+        while queue and (station := self._free_encoder()) is not None:
+            record = queue.popleft()
+            self._ledger.bind(record, station)
+            self._ledger.move(record, station.states.arrived)
+            self._ledger.dispatch(record, station)
+            if self._ledger.config.lock_step:
+                self._ledger.enter_home(record, station.unit)
+            self._ledger.out.append(Encode(station.leader, record.request))
+
+    def _free_encoder(self) -> Station | None:
+        """The least loaded encoder with a free place and a credit for what it will make."""
+        ledger = self._ledger
+        for _, leader in ledger.boards["encode"].order:
+            unit = ledger.units[leader]
+            station = unit.stations["encode"]
+            free = len(station.dispatched) < DISPATCH_DEPTH and not unit.bound
+            if free and unit.status == "up" and station.may_produce:
+                return station
+        return None
+
+    def _dispatch_waiting(self, station: Station) -> None:
+        command = Denoise if station.stage == "denoise" else Decode
+        while station.waiting and len(station.dispatched) < DISPATCH_DEPTH and station.may_produce:
+            record = station.waiting.popleft()
+            self._ledger.dispatch(record, station)
+            self._ledger.out.append(command(station.leader, record.id))
+
+    # ------------------------------------------------------------ the hop
+
+    def _send_held(self, station: Station) -> None:
+        """Oldest first. One that finds no edge stops those behind it: small payloads must not starve a large one."""
+        for record in tuple(station.held):
+            way_home = self._way_home(record, station)
+            edge = way_home or self._free_edge(record, station)
+            if edge is not None and edge.fits(record.nbytes):
+                station.held.remove(record)
+                self._hand_over(record, station, edge)
+            elif way_home is None:
+                return
+
+    def _way_home(self, record: Record, station: Station) -> EdgeState | None:
+        """The one edge that ``record`` must take, if so: within its unit, or in lock-step back to its encoder's."""
+        if station.local is not None or record.home is None or record.home.status != "up":
+            return station.local
+        return station.out.get(record.home.leader) if station.stage == "denoise" else None
+
+    def _free_edge(self, record: Record, station: Station) -> EdgeState | None:
+        """The edge to the least loaded unit that has a free credit and room for its bytes."""
+        for _, leader in self._ledger.boards[NEXT[station.stage]].order:
+            edge = station.out.get(leader)
+            if edge is not None and edge.fits(record.nbytes):
+                return edge
+        return None
+
+    def _hand_over(self, record: Record, station: Station, edge: EdgeState) -> None:
+        ledger, target = self._ledger, edge.dst
+        ledger.take_credit(record, edge)
+        ledger.bind(record, target)
+        ledger.move(record, target.states.moving)
+        if edge.local:
+            ledger.unkeep(record)
+            self._arrive(record, target)
+            return
+        assert record.header is not None
+        seq = ledger.depart(record, edge)
+        ledger.out.append(Send(station.leader, record.id, target.leader, edge.generation, seq))
+        ledger.out.append(Expect(target.leader, record.request, station.leader, edge.generation, seq, record.header))
+
+    def _arrive(self, record: Record, station: Station) -> None:
+        self._ledger.move(record, station.states.arrived)
+        station.waiting.append(record)
+        self._ledger.dirty[station] = None

@@ -1,0 +1,296 @@
+"""The scheduler's books: what every request holds, and what every edge still has room for.
+
+Nothing here decides anything. A resource (a credit, a reservation, a place at a station, a kept payload) is entered by
+one method of ``Ledger`` and struck by one other, so that no path can give something back twice or forget it.
+
+Ownership: only ``Ledger``'s methods change what a ``Record`` holds and the counts of stations, edges and units.
+``flow`` owns the queue and what is ``waiting``, ``held``, ``dispatched`` and ``running`` (it fills them, ``Ledger``
+takes out); ``recovery`` puts requests back and ends them; ``liveness`` owns the status of units and edges.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter, deque
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Generic, TypeVar
+
+from ditrelay.runtime.messages import Action, Finish, Received, Stage, TransferRejected
+from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.request import LEGAL, Request, RequestState
+from ditrelay.runtime.schedule_state import (
+    EdgeState,
+    EdgeStatus,
+    Record,
+    SchedulerConfig,
+    Station,
+    UnitState,
+    build_fleet,
+)
+from ditrelay.runtime.topology import Topology
+
+K = TypeVar("K")
+OnState = Callable[[str, RequestState], None]
+
+
+def discard(records: list[Record] | deque[Record], record: Record) -> None:
+    if record in records:
+        records.remove(record)
+
+
+class Watch(Generic[K]):
+    """Deadlines of one length. They run out in the order in which they were started: a look costs what has run out."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self._since: dict[K, float] = {}
+
+    def start(self, key: K, now: float) -> None:
+        """(Re)starts the deadline of ``key``."""
+        self._since.pop(key, None)
+        self._since[key] = now
+
+    def stop(self, key: K) -> None:
+        self._since.pop(key, None)
+
+    def due(self, now: float) -> K | None:
+        """Takes out one key whose time has run out."""
+        for key, since in self._since.items():
+            if now - since < self.timeout:
+                return None
+            del self._since[key]
+            return key
+        return None
+
+
+class Ledger:
+    """All state of the scheduler, and the only methods that enter and strike what requests hold.
+
+    Attributes:
+        now: seconds, of the present event.
+        out: actions that the present event has led to.
+        edges: by the leaders they join; local edges are not among them.
+        records: live requests and zombies, in order of submission.
+        queue: live requests that no encoder has.
+        dirty: stations where something became possible since ``Flow.pump`` last looked.
+        queue_dirty: an encoder, or a request for one, became free since then.
+        lost_roles: why a stage can never be computed again.
+    """
+
+    def __init__(self, topology: Topology, config: SchedulerConfig, on_state: OnState | None) -> None:
+        self._on_state = on_state
+        self.config = config
+        self.now = 0.0
+        self.out: list[Action] = []
+        self.units, self.edges, self.boards = build_fleet(topology, config)
+        self.up_edges = 0
+        self.records: dict[str, Record] = {}
+        self.queue: deque[Record] = deque()
+        self.dirty: dict[Station, None] = {}
+        self.queue_dirty = False
+        self.submitted = 0
+        self.finished: Counter[str] = Counter()
+        self.lost_roles: dict[Stage, str] = {}
+        self.transfers: Watch[Record] = Watch(config.transfer_timeout)
+        self.stages: Watch[Station] = Watch(config.stage_timeout)
+        self.drops: Watch[Record] = Watch(config.stage_timeout + config.transfer_timeout)
+
+    def set_edge(self, edge: EdgeState, status: EdgeStatus) -> None:
+        """An edge's credits are in its source's pool while it is up."""
+        was, edge.status = edge.usable, status
+        if edge.usable != was:
+            sign = 1 if edge.usable else -1
+            self.up_edges += sign
+            edge.src.free += sign * (edge.window - edge.used)
+        self.dirty[edge.src] = None
+
+    # ------------------------------------------------------------ requests come, change state and go
+
+    def accept(self, request: Request) -> None:
+        record = Record(request, self.submitted)
+        self.submitted += 1
+        self.records[record.id] = record
+        self.queue.append(record)
+        self.queue_dirty = True
+
+    def move(self, record: Record, state: RequestState) -> None:
+        assert state in LEGAL[record.state], f"{record.id}: {record.state} -> {state}"
+        record.state = state
+        if self._on_state is not None:
+            self._on_state(record.id, state)
+
+    def finish(self, action: Finish) -> None:
+        self.finished[action.outcome] += 1
+        self.out.append(action)
+
+    def forget(self, record: Record) -> None:
+        assert not (record.at or record.source or record.reserved or record.edge), f"{record.id} still holds something"
+        self.drops.stop(record)
+        self.leave_home(record)
+        del self.records[record.id]
+
+    def hold(self, record: Record) -> None:
+        """Its payload waits at the source for an edge."""
+        assert record.source is not None and record.reserved is record.source, f"{record.id} has nothing to send"
+        insort(record.source.held, record, key=attrgetter("number"))
+        self.dirty[record.source] = None
+
+    def requeue(self, record: Record) -> None:
+        """Back to the front of the queue, as if it had never been encoded."""
+        self.move(record, RequestState.QUEUED)
+        self.leave_home(record)
+        self.queue.appendleft(record)
+        self.queue_dirty = True
+
+    def withdraw(self, record: Record) -> None:
+        """Takes it off every list that would lead it on. What it holds stays held."""
+        if record.at is not None:
+            discard(record.at.waiting, record)
+        elif record.source is not None:
+            discard(record.source.held, record)
+        else:
+            discard(self.queue, record)
+
+    def enter_home(self, record: Record, unit: UnitState) -> None:
+        record.home = unit
+        unit.bound += 1
+
+    def leave_home(self, record: Record) -> None:
+        if record.home is not None:
+            record.home.bound -= 1
+            self.dirty[record.home.stations["encode"]] = None
+            record.home = None
+
+    # ------------------------------------------------------------ events find their request
+
+    def at_worker(self, rank: int, request_id: str, stage: Stage) -> tuple[Record, Station] | None:
+        """The record, live or zombie, if that stage of it is dispatched to ``rank``."""
+        record = self.records.get(request_id)
+        if record is None or not record.dispatched:
+            return None
+        station = record.at
+        assert station is not None
+        return (record, station) if station.leader == rank and station.stage == stage else None
+
+    def on_edge(self, event: Received | TransferRejected) -> Record | None:
+        """The record, live or zombie, whose present transfer the event is about; ``None`` for one that is over."""
+        record = self.records.get(event.request_id)
+        if record is None or record.edge is None or not record.on_the_way or record.seq != event.seq:
+            return None
+        edge = record.edge
+        known = edge.src.leader == event.src and edge.dst.leader == event.rank and edge.generation == event.generation
+        return record if known else None
+
+    def computed(self, record: Record, station: Station) -> None:
+        """The worker is done with that stage of it, in whatever way."""
+        if station.running is record:
+            station.running = None
+        self.sign_of_life(station)
+
+    def sign_of_life(self, station: Station) -> None:
+        """A stage's deadline counts from its last news; before it starts, from the last news of its whole unit."""
+        for other in station.unit.stations.values():
+            if other.dispatched and (other is station or other.running is None):
+                self.stages.start(other, self.now)
+
+    # ------------------------------------------------------------ what requests hold
+
+    def reserve(self, record: Record, station: Station) -> None:
+        assert record.reserved is None, f"{record.id} has a reservation"
+        record.reserved = station
+        station.reserved += 1
+
+    def unreserve(self, record: Record) -> None:
+        station, record.reserved = record.reserved, None
+        assert station is not None and station.reserved > 0, f"{record.id} has no reservation"
+        station.reserved -= 1
+        self.dirty[station] = None
+
+    def take_credit(self, record: Record, edge: EdgeState) -> None:
+        """Turns the reservation into a credit of ``edge``."""
+        assert record.reserved is edge.src and edge.fits(record.nbytes), f"{record.id} may not use edge {edge}"
+        record.reserved, record.edge = None, edge
+        edge.src.reserved -= 1
+        edge.src.free -= 1
+        edge.used += 1
+        edge.nbytes += record.nbytes
+
+    def return_credit(self, record: Record) -> None:
+        edge, record.edge = record.edge, None
+        assert edge is not None and edge.used > 0, f"{record.id} has no credit"
+        edge.used -= 1
+        edge.nbytes -= record.nbytes
+        if edge.usable:
+            edge.src.free += 1
+            self.dirty[edge.src] = None
+
+    def bind(self, record: Record, station: Station) -> None:
+        assert record.at is None, f"{record.id} is somewhere else"
+        record.at = station
+        station.unit.change_load(1)
+
+    def unbind(self, record: Record) -> None:
+        """Takes it off its station, on the way, waiting or dispatched. The credit it used is returned by then."""
+        station, record.at = record.at, None
+        assert station is not None and record.edge is None, f"{record.id} cannot leave"
+        self.landed(record)
+        if record.dispatched:
+            self._leave_worker(record, station)
+        else:
+            discard(station.waiting, record)
+        station.unit.change_load(-1)
+        self.dirty[station] = None
+
+    def dispatch(self, record: Record, station: Station) -> None:
+        """Gives it to the worker; a credit for the product is reserved."""
+        record.dispatched = True
+        station.dispatched.append(record)
+        if station.stage != "decode":
+            self.reserve(record, station)
+        if len(station.dispatched) == 1:
+            self.stages.start(station, self.now)
+
+    def _leave_worker(self, record: Record, station: Station) -> None:
+        record.dispatched = False
+        station.dispatched.remove(record)
+        if station.running is record:
+            station.running = None
+        if not station.dispatched:
+            self.stages.stop(station)
+
+    def depart(self, record: Record, edge: EdgeState) -> int:
+        """Its transfer is under way; returns the transfer's number on the edge."""
+        record.seq = edge.next_seq
+        edge.next_seq += 1
+        self.transfers.start(record, self.now)
+        return record.seq
+
+    def landed(self, record: Record) -> None:
+        """Its transfer is over, in whatever way."""
+        if record.seq >= 0:
+            record.seq = -1
+            self.transfers.stop(record)
+
+    def keep(self, record: Record, station: Station, header: PayloadHeader) -> None:
+        """``station`` made a payload and has it until ``unkeep``."""
+        assert record.source is None and record.edge is None, f"{record.id} has an older payload"
+        record.source, record.header, record.nbytes = station, header, header.nbytes
+        station.kept += header.nbytes
+
+    def unkeep(self, record: Record) -> None:
+        station, record.source = record.source, None
+        assert station is not None, f"{record.id} is kept nowhere"
+        station.kept -= record.nbytes
+        discard(station.held, record)
+
+    def strike(self, record: Record, unit: UnitState) -> None:
+        """Everything of ``record`` on ``unit`` is free: the unit said so, or it is lost."""
+        if record.at is not None and record.at.unit is unit:
+            if record.edge is not None:
+                self.return_credit(record)
+            self.unbind(record)
+        if record.reserved is not None and record.reserved.unit is unit:
+            self.unreserve(record)
+        if record.source is not None and record.source.unit is unit:
+            self.unkeep(record)

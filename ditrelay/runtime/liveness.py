@@ -1,0 +1,207 @@
+"""Which units and edges are alive: spawns, restarts, edge generations, deadlines.
+
+A unit is up when all of its members are. An edge opens when both of its units are up, under a new generation each time;
+whatever an older generation still says is ignored. A unit that loses one member loses all, and is spawned again.
+"""
+
+from __future__ import annotations
+
+from ditrelay.runtime.ledger import Ledger, Watch
+from ditrelay.runtime.messages import (
+    CloseEdge,
+    EdgeFailed,
+    EdgeUp,
+    Finish,
+    Kill,
+    OpenEdge,
+    Spawn,
+    WorkerDown,
+    WorkerUp,
+)
+from ditrelay.runtime.recovery import Recovery
+from ditrelay.runtime.schedule_state import EdgeState, Record, Station, UnitState, UnitStatus
+
+# An edge that fails more often than this without one transfer in between takes its destination down.
+MAX_EDGE_FAILURES = 3
+
+# Seconds; the delay doubles with every restart within the window up to here.
+MAX_RESTART_DELAY = 60.0
+
+
+class Liveness:
+    """Owns the status of units and edges."""
+
+    def __init__(self, ledger: Ledger, recovery: Recovery) -> None:
+        self._ledger = ledger
+        self._recovery = recovery
+        self._unit_of = {rank: unit for unit in ledger.units.values() for rank in unit.unit.members}
+        self._startups: Watch[UnitState] = Watch(ledger.config.startup_timeout)
+        self._openings: Watch[EdgeState] = Watch(ledger.config.transfer_timeout)
+
+    @property
+    def ready(self) -> bool:
+        ledger = self._ledger
+        return ledger.up_edges == len(ledger.edges) and all(unit.status == "up" for unit in ledger.units.values())
+
+    def status_of(self, rank: int) -> UnitStatus:
+        return self._unit_of[rank].status
+
+    # ------------------------------------------------------------ units
+
+    def start(self) -> None:
+        for unit in self._ledger.units.values():
+            self._spawn(unit)
+
+    def _spawn(self, unit: UnitState) -> None:
+        unit.status = "starting"
+        self._startups.start(unit, self._ledger.now)
+        self._ledger.out.extend(Spawn(rank) for rank in unit.unit.members)
+
+    def worker_up(self, event: WorkerUp) -> None:
+        unit = self._unit_of[event.rank]
+        if unit.status != "starting":
+            return
+        unit.members_up.add(event.rank)
+        if len(unit.members_up) < len(unit.unit.members):
+            return
+        unit.status, unit.reason = "up", None
+        self._startups.stop(unit)
+        self._ledger.dirty.update(dict.fromkeys(unit.stations.values()))
+        for edge in unit.edges:
+            if edge.src.unit.status == edge.dst.unit.status == "up":
+                self._open(edge)
+
+    def worker_down(self, event: WorkerDown) -> None:
+        unit = self._unit_of[event.rank]
+        if unit.status in ("starting", "up"):
+            self._unit_down(unit, f"worker {event.rank} died ({event.reason})", dead=event.rank)
+
+    def _kill(self, unit: UnitState, reason: str) -> None:
+        self._unit_down(unit, f"{unit.unit} was killed: {reason}")
+
+    def _unit_down(self, unit: UnitState, cause: str, dead: int | None = None) -> None:
+        """Kills what is left of the unit, takes it out of service and plans its return."""
+        ledger = self._ledger
+        ledger.out.extend(Kill(rank, cause) for rank in unit.unit.members if rank != dead)
+        self._startups.stop(unit)
+        unit.members_up.clear()
+        unit.reason = cause
+        unit.status = "failed" if self._restarts_are_spent(unit) else "down"
+        for edge in unit.edges:
+            edge.failures = 0
+            self._close(edge, cause)
+        self._recovery.unit_lost(unit, cause)
+        if unit.status == "failed":
+            self._lose_roles(unit, cause)
+        else:
+            self._plan_restart(unit)
+
+    def _restarts_are_spent(self, unit: UnitState) -> bool:
+        config = self._ledger.config
+        while unit.restarts and self._ledger.now - unit.restarts[0] > config.restart_window:
+            unit.restarts.popleft()
+        return len(unit.restarts) >= config.max_restarts
+
+    def _plan_restart(self, unit: UnitState) -> None:
+        now = self._ledger.now
+        unit.respawn_at = now + min(2.0 ** len(unit.restarts), MAX_RESTART_DELAY)
+        unit.restarts.append(now)
+        unit.restarted += 1
+
+    def _lose_roles(self, unit: UnitState, cause: str) -> None:
+        config = self._ledger.config
+        tries = f"{config.max_restarts} restarts within {config.restart_window:g} s did not help"
+        for stage in unit.stations:
+            if all(other.status == "failed" for other in self._ledger.units.values() if stage in other.stations):
+                self._recovery.role_lost(stage, f"no rank is left for {stage}: {cause}, and {tries}")
+
+    # ------------------------------------------------------------ edges
+
+    def edge_up(self, event: EdgeUp) -> None:
+        edge = self._ledger.edges.get((event.src, event.dst))
+        if edge is None or edge.status != "opening" or edge.generation != event.generation:
+            return
+        edge.ends.add(event.rank)
+        if len(edge.ends) == 2:
+            self._openings.stop(edge)
+            self._ledger.set_edge(edge, "up")
+
+    def edge_failed(self, event: EdgeFailed) -> None:
+        edge = self._ledger.edges.get((event.src, event.dst))
+        if edge is not None and edge.status != "closed" and edge.generation == event.generation:
+            self._fail_edge(edge, event.reason)
+
+    def _open(self, edge: EdgeState) -> None:
+        edge.generation += 1
+        edge.next_seq = 0
+        self._ledger.set_edge(edge, "opening")
+        self._openings.start(edge, self._ledger.now)
+        src, dst = edge.src.leader, edge.dst.leader
+        self._ledger.out.extend(OpenEdge(rank, src, dst, edge.generation) for rank in (src, dst))
+
+    def _close(self, edge: EdgeState, reason: str) -> None:
+        if edge.status == "closed":
+            return
+        self._ledger.set_edge(edge, "closed")
+        self._openings.stop(edge)
+        edge.ends.clear()
+        src, dst = edge.src.leader, edge.dst.leader
+        for end in (edge.src, edge.dst):
+            if end.unit.status == "up":
+                self._ledger.out.append(CloseEdge(end.leader, src, dst, edge.generation, reason))
+
+    def _fail_edge(self, edge: EdgeState, reason: str) -> None:
+        """Closes it, sets back what was on the way, and opens it anew or gives its destination up."""
+        edge.failures += 1
+        failures = edge.failures
+        cause = f"edge {edge} failed ({reason})"
+        self._close(edge, cause)
+        self._recovery.edge_lost(edge, cause)
+        if failures > MAX_EDGE_FAILURES:
+            self._kill(edge.dst.unit, f"edge {edge} failed {failures} times in a row, at last: {reason}")
+        else:
+            self._open(edge)
+
+    # ------------------------------------------------------------ deadlines
+
+    def tick(self) -> None:
+        """Acts on every deadline that has passed."""
+        ledger, now = self._ledger, self._ledger.now
+        for unit in ledger.units.values():
+            if unit.status == "down" and unit.respawn_at <= now:
+                self._spawn(unit)
+        while (unit_late := self._startups.due(now)) is not None:
+            limit = ledger.config.startup_timeout
+            self._kill(unit_late, f"it was not up {limit:g} s after its start (--startup-timeout)")
+        while (edge := self._openings.due(now)) is not None:
+            self._fail_edge(edge, f"it did not open within {self._openings.timeout:g} s (--dist-timeout)")
+        while (moving := ledger.transfers.due(now)) is not None:
+            self._transfer_late(moving)
+        while (station := ledger.stages.due(now)) is not None:
+            self._stage_hung(station)
+        while (zombie := ledger.drops.due(now)) is not None:
+            self._drop_late(zombie)
+
+    def _transfer_late(self, record: Record) -> None:
+        assert record.edge is not None
+        what = f"transfer #{record.seq} of request {record.id}"
+        self._fail_edge(record.edge, f"{what} did not arrive within {self._openings.timeout:g} s (--dist-timeout)")
+
+    def _stage_hung(self, station: Station) -> None:
+        """The request that hangs fails, as it would hang again; the others of the unit are set back."""
+        unit = station.unit
+        busy = [station, *(other for other in unit.stations.values() if other.running is not None)]
+        culprit = next((other.running for other in busy if other.running is not None), station.dispatched[0])
+        assert culprit.at is not None
+        limit = self._ledger.config.stage_timeout
+        what = f"the {culprit.at.stage} of request {culprit.id} on {unit.unit}"
+        reason = f"{what} showed no progress for {limit:g} s (--stage-timeout)"
+        if not culprit.state.ended:
+            self._recovery.end(culprit, Finish(culprit.id, "failed", reason), freed=unit)
+        self._kill(unit, reason)
+
+    def _drop_late(self, record: Record) -> None:
+        """Workers that do not answer ``Drop`` cannot be trusted to be free."""
+        for unit in sorted(record.dropping, key=lambda unit: unit.leader):
+            if unit.status == "up":
+                self._kill(unit, f"it did not drop request {record.id} within {self._ledger.drops.timeout:g} s")

@@ -1,0 +1,373 @@
+"""Control-plane structs: commands (head -> worker), events (worker -> head), and the head's own events and actions.
+
+The scheduler takes the events and returns the commands and actions, so what it decides is what goes over the wire.
+Every time (``at``) is ``time.monotonic()`` in seconds, which all processes of a host share.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.request import Request
+
+Stage = Literal["encode", "denoise", "decode"]
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+# ---------------------------------------------------------------- commands: head -> worker
+
+
+class Encode(_Message, frozen=True, tag=True):
+    """Run the encoders for ``request`` and keep the conditioning until ``Release`` or ``Drop``."""
+
+    rank: int
+    request: Request
+
+
+class Send(_Message, frozen=True, tag=True):
+    """Send what this rank holds of ``request_id`` (conditioning or latents) to ``dst`` as transfer ``seq``."""
+
+    rank: int
+    request_id: str
+    dst: int
+    generation: int
+    seq: int
+
+
+class Expect(_Message, frozen=True, tag=True):
+    """Allocate for ``header`` and receive transfer ``seq`` from ``src``; its send is under way."""
+
+    rank: int
+    request: Request
+    src: int
+    generation: int
+    seq: int
+    header: PayloadHeader
+
+
+class Denoise(_Message, frozen=True, tag=True):
+    """Denoise ``request_id``, whose conditioning is here; keep the latents until ``Release`` or ``Drop``."""
+
+    rank: int
+    request_id: str
+
+
+class Decode(_Message, frozen=True, tag=True):
+    """Decode ``request_id``, whose latents are here, into a media file."""
+
+    rank: int
+    request_id: str
+
+
+class Drop(_Message, frozen=True, tag=True):
+    """Stop all work on ``request_id`` at the next safe point, free its tensors, then answer ``Dropped``."""
+
+    rank: int
+    request_id: str
+
+
+class Release(_Message, frozen=True, tag=True):
+    """Free what this rank still keeps of ``request_id`` (a copy kept for recovery). Not answered."""
+
+    rank: int
+    request_id: str
+
+
+class OpenEdge(_Message, frozen=True, tag=True):
+    """Make this rank's end of the directed edge ``src -> dst``; answer ``EdgeUp`` or ``EdgeFailed``."""
+
+    rank: int
+    src: int
+    dst: int
+    generation: int
+
+
+class CloseEdge(_Message, frozen=True, tag=True):
+    """Tear this rank's end of ``src -> dst`` down; pending transfers on it fail. Not answered."""
+
+    rank: int
+    src: int
+    dst: int
+    generation: int
+    reason: str
+
+
+class Shutdown(_Message, frozen=True, tag=True):
+    """End the process."""
+
+    rank: int
+
+
+Command = Encode | Send | Expect | Denoise | Decode | Drop | Release | OpenEdge | CloseEdge | Shutdown
+
+
+# ---------------------------------------------------------------- events: worker -> head
+
+
+class WorkerUp(_Message, frozen=True, tag=True):
+    """The worker's components are loaded; it takes commands."""
+
+    rank: int
+    pid: int
+    at: float
+    load_seconds: float = 0.0
+
+
+class Heartbeat(_Message, frozen=True, tag=True):
+    """Sent every second. Memory in bytes; ``pending`` are transfers in flight, ``kept`` bytes of retained payloads."""
+
+    rank: int
+    at: float
+    rss: int = 0
+    device_allocated: int = 0
+    device_peak: int = 0
+    pending_sends: int = 0
+    pending_recvs: int = 0
+    kept: int = 0
+
+
+class EdgeUp(_Message, frozen=True, tag=True):
+    """This rank's end of the edge is connected."""
+
+    rank: int
+    src: int
+    dst: int
+    generation: int
+
+
+class EdgeFailed(_Message, frozen=True, tag=True):
+    """This rank's end of the edge could not be opened, or a transfer on it failed; the edge is unusable."""
+
+    rank: int
+    src: int
+    dst: int
+    generation: int
+    reason: str
+    request_id: str | None = None
+    seq: int | None = None
+
+
+class Started(_Message, frozen=True, tag=True):
+    """A stage began to compute."""
+
+    rank: int
+    request_id: str
+    stage: Stage
+    at: float
+
+
+class StepDone(_Message, frozen=True, tag=True):
+    """Denoising step ``step`` (1-based) of ``total`` is finished."""
+
+    rank: int
+    request_id: str
+    step: int
+    total: int
+    at: float
+
+
+class Encoded(_Message, frozen=True, tag=True):
+    """The conditioning is ready to be sent; ``began`` to ``at`` is the compute span."""
+
+    rank: int
+    request_id: str
+    header: PayloadHeader
+    began: float
+    at: float
+
+
+class Denoised(_Message, frozen=True, tag=True):
+    """The latents are ready to be sent."""
+
+    rank: int
+    request_id: str
+    header: PayloadHeader
+    began: float
+    at: float
+
+
+class Decoded(_Message, frozen=True, tag=True):
+    """The media file is made."""
+
+    rank: int
+    request_id: str
+    media: bytes
+    media_type: str
+    width: int
+    height: int
+    num_frames: int
+    began: float
+    at: float
+
+
+class Sent(_Message, frozen=True, tag=True):
+    """The send is complete; the sender's buffer is free to be reused."""
+
+    rank: int
+    request_id: str
+    dst: int
+    generation: int
+    seq: int
+    began: float
+    at: float
+
+
+class Received(_Message, frozen=True, tag=True):
+    """The payload is here and usable by the compute stream."""
+
+    rank: int
+    request_id: str
+    src: int
+    generation: int
+    seq: int
+    began: float
+    at: float
+
+
+class StageFailed(_Message, frozen=True, tag=True):
+    """A stage raised. The worker goes on; it has freed the request's tensors."""
+
+    rank: int
+    request_id: str
+    stage: Stage
+    reason: str
+    at: float
+    invalid_param: str | None = None
+
+
+class TransferRejected(_Message, frozen=True, tag=True):
+    """A received payload failed its checks (checksum, schema). The edge is still usable; the request is not."""
+
+    rank: int
+    request_id: str
+    src: int
+    generation: int
+    seq: int
+    reason: str
+
+
+class Dropped(_Message, frozen=True, tag=True):
+    """Everything of the request is freed on this rank."""
+
+    rank: int
+    request_id: str
+
+
+class WorkerFailed(_Message, frozen=True, tag=True):
+    """The worker cannot go on and is about to exit; says why, since an exit code does not."""
+
+    rank: int
+    reason: str
+
+
+class LogLine(_Message, frozen=True, tag=True):
+    """One log record of a worker, logged again by the head under the same logger."""
+
+    rank: int
+    logger: str
+    level: int
+    text: str
+
+
+WorkerEvent = (
+    WorkerUp
+    | Heartbeat
+    | EdgeUp
+    | EdgeFailed
+    | Started
+    | StepDone
+    | Encoded
+    | Denoised
+    | Decoded
+    | Sent
+    | Received
+    | StageFailed
+    | TransferRejected
+    | Dropped
+    | WorkerFailed
+    | LogLine
+)
+
+
+# ---------------------------------------------------------------- the head's own events and actions (never on the wire)
+
+
+class Submit(_Message, frozen=True, tag=True):
+    """A client's request."""
+
+    request: Request
+
+
+class CancelRequest(_Message, frozen=True, tag=True):
+    """End a request as cancelled, or as failed where ``reason`` says why (for instance a request timeout)."""
+
+    request_id: str
+    reason: str | None = None
+
+
+class WorkerDown(_Message, frozen=True, tag=True):
+    """A worker process ended or stopped answering."""
+
+    rank: int
+    reason: str
+
+
+class Tick(_Message, frozen=True, tag=True):
+    """Time passes; deadlines are looked at."""
+
+
+class Spawn(_Message, frozen=True, tag=True):
+    """Start the process of ``rank``."""
+
+    rank: int
+
+
+class Kill(_Message, frozen=True, tag=True):
+    """Kill the process of ``rank``; the caller does not answer with ``WorkerDown`` for it."""
+
+    rank: int
+    reason: str
+
+
+class Finish(_Message, frozen=True, tag=True):
+    """The request ended: ``done``, ``failed`` (with a reason) or ``cancelled``. Exactly once per submitted request."""
+
+    request_id: str
+    outcome: Literal["done", "failed", "cancelled"]
+    reason: str | None = None
+    invalid_param: str | None = None
+
+
+class Reject(_Message, frozen=True, tag=True):
+    """The queue is full; the request was not accepted."""
+
+    request_id: str
+    limit: int
+
+
+SchedulerEvent = (
+    Submit
+    | CancelRequest
+    | WorkerDown
+    | Tick
+    | WorkerUp
+    | EdgeUp
+    | EdgeFailed
+    | Started
+    | StepDone
+    | Encoded
+    | Denoised
+    | Decoded
+    | Sent
+    | Received
+    | StageFailed
+    | TransferRejected
+    | Dropped
+)
+Action = Command | Spawn | Kill | Finish | Reject

@@ -1,0 +1,1 @@
+"""Where stages meet transfers (layer 4)."""

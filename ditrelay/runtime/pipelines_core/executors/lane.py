@@ -1,0 +1,48 @@
+"""A compute lane: one thread (on a GPU, one stream) that runs a rank's stages, the urgent ones first."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+
+import torch
+
+Job = Callable[[], None]
+
+
+class Lane:
+    """Runs jobs one at a time, lowest priority number first, first come first served among equals.
+
+    All jobs run under one ``torch.no_grad()``: a grad context must not span two sessions that interleave.
+    """
+
+    def __init__(self, name: str, device: torch.device, *, urgent: bool = False) -> None:
+        self._jobs: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
+        self._counter = itertools.count()
+        self._device = device
+        self._urgent = urgent
+        self._thread = threading.Thread(target=self._run, name=f"lane-{name}", daemon=True)
+        self._thread.start()
+
+    def put(self, priority: int, job: Job) -> None:
+        self._jobs.put((priority, next(self._counter), job))
+
+    def close(self, timeout: float) -> None:
+        """Run no further job; wait at most ``timeout`` seconds for the running one."""
+        self._jobs.put((-1, next(self._counter), None))
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        with torch.no_grad(), self._stream():
+            while (job := self._jobs.get()[2]) is not None:
+                job()
+
+    def _stream(self) -> contextlib.AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        torch.cuda.set_device(self._device)
+        low, high = torch.cuda.Stream.priority_range()
+        return torch.cuda.stream(torch.cuda.Stream(self._device, priority=high if self._urgent else low))

@@ -1,0 +1,342 @@
+"""The overlap loop of one rank: commands come in, computing and transfers go on side by side, events go out.
+
+What a rank holds of a request is a ``_Resident``. Three kinds of thread touch it: the control thread (``handle``), the
+compute lanes, and the threads of the edges that report a transfer's end. ``_lock`` guards the residents; one with
+``holds`` above zero is in use (queued, computing, sending or receiving) and is freed when the last hold is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ditrelay.errors import CodecError, InvalidRequest, TransferCorrupt, TransferError
+from ditrelay.runtime.communication.transport import Work
+from ditrelay.runtime.messages import (
+    CloseEdge,
+    Command,
+    Decode,
+    Decoded,
+    Denoise,
+    Denoised,
+    Drop,
+    Dropped,
+    EdgeFailed,
+    EdgeUp,
+    Encode,
+    Encoded,
+    Expect,
+    OpenEdge,
+    Received,
+    Release,
+    Send,
+    Sent,
+    StageFailed,
+    Started,
+    StepDone,
+    TransferRejected,
+    WorkerEvent,
+)
+from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
+from ditrelay.runtime.pipelines_core.executors.lane import Lane
+from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
+from ditrelay.runtime.pipelines_core.pipeline import Batch, Pipeline, StageCancelled
+from ditrelay.runtime.topology import Edge, Role
+
+logger = logging.getLogger(__name__)
+
+Emit = Callable[[WorkerEvent], None]
+
+
+@dataclass(eq=False)
+class _Resident:
+    batch: Batch
+    holds: int = 0
+    queued: bool = False
+    ending: Literal["", "drop", "release"] = ""
+
+    @property
+    def request_id(self) -> str:
+        return self.batch.batch_id
+
+
+class OverlapLoop:
+    """Carries out the head's commands on one rank.
+
+    Args:
+        executor: this rank's transfers.
+        pipeline: the stages of this rank's roles.
+        lanes: the compute lane of each role; roles may share one.
+        priority: which role goes first where roles share a lane (lower first).
+        emit: takes an event to the head; thread-safe, never blocks for long.
+        on_broken: called when a denoise failed half-way on a replica of several ranks, whose peers may now wait in a
+            collective that never completes; ends the process.
+    """
+
+    def __init__(
+        self,
+        executor: DisaggregatedExecutor,
+        pipeline: Pipeline,
+        *,
+        lanes: Mapping[Role, Lane],
+        priority: Mapping[Role, int],
+        emit: Emit,
+        on_broken: Callable[[str], None] | None = None,
+    ) -> None:
+        self._executor = executor
+        self._pipeline = pipeline
+        self._lanes = lanes
+        self._priority = priority
+        self._emit = emit
+        self._on_broken = on_broken
+        self._rank = executor.rank
+        self._lock = threading.Lock()
+        self._residents: dict[str, _Resident] = {}
+
+    def handle(self, command: Command) -> None:
+        """Start what the command asks for; returns without waiting for it (in lock-step mode: after the transfer)."""
+        self.reap()
+        match command:
+            case Encode(request=request):
+                self._enqueue(self._admit(Batch((request,))), "encode")
+            case Denoise(request_id=request_id):
+                self._enqueue(self._residents[request_id], "denoise")
+            case Decode(request_id=request_id):
+                self._enqueue(self._residents[request_id], "decode")
+            case Send():
+                self._send(command)
+            case Expect():
+                self._expect(command)
+            case Drop(request_id=request_id):
+                self._end(request_id, "drop")
+            case Release(request_id=request_id):
+                self._end(request_id, "release")
+            case OpenEdge():
+                threading.Thread(target=self._open_edge, args=(command,), daemon=True).start()
+            case CloseEdge(src=src, dst=dst, generation=generation, reason=reason):
+                self._executor.comm.close_edge(Edge(src, dst), generation, reason)
+
+    def reap(self) -> None:
+        """Let go of the transfers that are complete. Belongs, as the windows do, to the control thread."""
+        self._executor.pending_sends.reap()
+        self._executor.pending_recvs.reap()
+
+    def kept_bytes(self) -> int:
+        """Bytes of all payloads that this rank holds: to be sent, in flight, waiting, or kept for recovery."""
+        with self._lock:
+            payloads = [resident.batch.payload for resident in self._residents.values()]
+        return sum(payload.header.nbytes for payload in payloads if payload)
+
+    # ------------------------------------------------------------ residents
+
+    def _admit(self, batch: Batch) -> _Resident:
+        resident = _Resident(batch)
+        with self._lock:
+            self._residents[resident.request_id] = resident
+        return resident
+
+    def _end(self, request_id: str, how: Literal["drop", "release"]) -> None:
+        with self._lock:
+            resident = self._residents.get(request_id)
+            if resident is None:
+                if how == "drop":
+                    self._emit(Dropped(self._rank, request_id))
+                return
+            resident.ending = how
+            if resident.queued:  # its job finds it unclaimable and does nothing
+                resident.queued = False
+                resident.holds -= 1
+            self._settle(resident)
+
+    def _settle(self, resident: _Resident) -> None:
+        """Free an ending resident that is no longer in use. Call with the lock held."""
+        if resident.ending and resident.holds == 0:
+            self._remove(resident)
+            if resident.ending == "drop":
+                self._emit(Dropped(self._rank, resident.request_id))
+
+    def _remove(self, resident: _Resident) -> None:
+        if self._residents.get(resident.request_id) is resident:
+            del self._residents[resident.request_id]
+
+    def _free(self, resident: _Resident) -> None:
+        """The use of a dropped resident is over."""
+        with self._lock:
+            resident.holds -= 1
+            self._settle(resident)
+
+    def _release_hold(self, resident: _Resident, event: WorkerEvent, *, remove: bool = False) -> None:
+        """One use of the resident is over; tell the head, unless the head has dropped the request meanwhile."""
+        with self._lock:
+            resident.holds -= 1
+            if resident.ending != "drop":
+                self._emit(event)
+                if remove:
+                    self._remove(resident)
+            self._settle(resident)
+
+    # ------------------------------------------------------------ computing
+
+    def _enqueue(self, resident: _Resident, role: Role) -> None:
+        with self._lock:
+            resident.holds += 1
+            resident.queued = True
+        self._lanes[role].put(self._priority[role], lambda: self._compute(resident, role))
+
+    def _claim(self, resident: _Resident) -> bool:
+        with self._lock:
+            claimed, resident.queued = resident.queued, False
+        return claimed
+
+    def _compute(self, resident: _Resident, role: Role) -> None:
+        if not self._claim(resident):
+            return
+        began = time.monotonic()
+        self._emit(Started(self._rank, resident.request_id, role, began))
+        try:
+            self._pipeline.stage(role).run(resident.batch, _Control(self, resident))
+            event = self._completed(resident, role, began)
+        except StageCancelled:
+            self._free(resident)
+            return
+        except Exception as error:  # the place that turns a stage's exception into a failed request
+            logger.warning("%s of request %s failed", role, resident.request_id, exc_info=not _expected(error))
+            event = self._failed(resident, role, error)
+        self._release_hold(resident, event, remove=not isinstance(event, Encoded | Denoised))
+        if self._on_broken and role == "denoise" and isinstance(event, StageFailed) and event.invalid_param is None:
+            self._on_broken(event.reason)
+
+    def _completed(self, resident: _Resident, role: Role, began: float) -> WorkerEvent:
+        batch, rank, request_id = resident.batch, self._rank, resident.request_id
+        if role != "decode":
+            header = self._executor.pack(batch)
+        _finish_device_work(self._executor.device)
+        now = time.monotonic()
+        if role == "encode":
+            return Encoded(rank, request_id, header, began, now)
+        if role == "denoise":
+            return Denoised(rank, request_id, header, began, now)
+        m = batch.media[0]
+        return Decoded(rank, request_id, m.data, m.media_type, m.width, m.height, m.num_frames, began, now)
+
+    def _failed(self, resident: _Resident, role: Role, error: BaseException) -> StageFailed:
+        invalid = error if isinstance(error, InvalidRequest) else None
+        reason = invalid.reason if invalid else f"{role} failed: {describe(error)}"
+        resident.batch.state, resident.batch.payload = {}, None
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()  # what one request fragmented must not fail the next
+        param = invalid.param if invalid else None
+        return StageFailed(self._rank, resident.request_id, role, reason, time.monotonic(), param)
+
+    # ------------------------------------------------------------ transfers
+
+    def _open_edge(self, command: OpenEdge) -> None:
+        src, dst, generation = command.src, command.dst, command.generation
+        try:
+            self._executor.comm.open_edge(Edge(src, dst), generation)
+        except TransferError as error:
+            self._emit(EdgeFailed(self._rank, src, dst, generation, error.reason))
+        else:
+            self._emit(EdgeUp(self._rank, src, dst, generation))
+
+    def _send(self, command: Send) -> None:
+        executor, began = self._executor, time.monotonic()
+        with self._lock:
+            resident = self._residents.get(command.request_id)
+            if resident:
+                resident.holds += 1
+        if resident is None:
+            self._edge_failed(command, self._rank, command.dst, f"nothing held of request {command.request_id}")
+            return
+        start = (
+            executor._async_send_batch_to_dit if "encode" in executor.roles else executor._async_send_batch_to_non_dit
+        )
+        try:
+            work = start(resident.batch, command.dst, command.seq)[0]
+        except TransferError as error:
+            self._release_hold(resident, self._edge_event(command, self._rank, command.dst, error.reason))
+            return
+        work.add_done_callback(lambda work: self._sent(command, resident, work, began))
+        if not executor.server_args.use_async_comm:
+            executor._await_sends([work], resident.batch)
+
+    def _sent(self, command: Send, resident: _Resident, work: Work, began: float) -> None:
+        rank, rid, dst = self._rank, resident.request_id, command.dst
+        if work.error:
+            self._release_hold(resident, self._edge_event(command, rank, dst, work.error.reason))
+        else:
+            sent = Sent(rank, rid, dst, command.generation, command.seq, began, time.monotonic())
+            self._release_hold(resident, sent)
+
+    def _expect(self, command: Expect) -> None:
+        executor, began = self._executor, time.monotonic()
+        resident = self._admit(Batch((command.request,), header=command.header))
+        resident.holds += 1
+        receive = (
+            executor._async_recv_batch_from_non_dit
+            if "denoise" in executor.roles
+            else executor._async_recv_batch_from_dit
+        )
+        try:
+            work = receive(resident.batch, command.src, command.seq)[1][0]
+        except (TransferError, CodecError, RuntimeError) as error:  # RuntimeError: no memory to receive into
+            event = self._edge_event(command, command.src, self._rank, describe(error))
+            self._release_hold(resident, event, remove=True)
+            return
+        work.add_done_callback(lambda work: self._received(command, resident, work, began))
+        if not executor.server_args.use_async_comm:
+            work.wait_done(executor.server_args.dist_timeout)
+
+    def _received(self, command: Expect, resident: _Resident, work: Work, began: float) -> None:
+        rank, rid, src = self._rank, resident.request_id, command.src
+        generation, seq = command.generation, command.seq
+        if work.error:
+            failed = self._edge_event(command, src, rank, work.error.reason)
+            self._release_hold(resident, failed, remove=True)
+            return
+        try:
+            self._executor.unpack(resident.batch)
+        except (TransferCorrupt, CodecError) as error:
+            rejected = TransferRejected(rank, rid, src, generation, seq, describe(error))
+            self._release_hold(resident, rejected, remove=True)
+            return
+        self._release_hold(resident, Received(rank, rid, src, generation, seq, began, time.monotonic()))
+
+    def _edge_event(self, command: Send | Expect, src: int, dst: int, reason: str) -> EdgeFailed:
+        request_id = command.request_id if isinstance(command, Send) else command.request.request_id
+        return EdgeFailed(self._rank, src, dst, command.generation, reason, request_id, command.seq)
+
+    def _edge_failed(self, command: Send | Expect, src: int, dst: int, reason: str) -> None:
+        self._emit(self._edge_event(command, src, dst, reason))
+
+
+class _Control:
+    """Watches one stage: reports its steps and stops it between two of them once the head has dropped the request."""
+
+    def __init__(self, loop: OverlapLoop, resident: _Resident) -> None:
+        self._loop = loop
+        self._resident = resident
+
+    def before_step(self) -> None:
+        if self._resident.ending == "drop":
+            raise StageCancelled
+
+    def after_step(self, step: int, total: int) -> None:
+        rank, request_id = self._loop._rank, self._resident.request_id
+        self._loop._emit(StepDone(rank, request_id, step, total, time.monotonic()))
+
+
+def _finish_device_work(device: torch.device) -> None:
+    """Wait for this lane's stream alone (a device-wide wait would also wait for a posted receive)."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _expected(error: Exception) -> bool:
+    return isinstance(error, InvalidRequest | torch.OutOfMemoryError)

@@ -1,0 +1,72 @@
+"""A pipeline is an ordered list of stages, each with the role that a rank needs to run it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ditrelay.runtime.payloads import Payload, PayloadHeader, State
+from ditrelay.runtime.pipelines_core.media import Media
+from ditrelay.runtime.request import Request
+from ditrelay.runtime.topology import Role
+
+
+class StageCancelled(Exception):
+    """Raised out of a stage, between two steps, when nobody wants its result any more."""
+
+
+@dataclass
+class Batch:
+    """Requests that pass the stages together (one, for now) and what the last stage left for the next.
+
+    ``payload`` is the state in the form in which it crosses an edge; ``header`` alone announces one that is expected.
+    """
+
+    requests: tuple[Request, ...]
+    state: State = field(default_factory=dict)
+    header: PayloadHeader | None = None
+    payload: Payload | None = None
+    media: tuple[Media, ...] = ()
+
+    @property
+    def batch_id(self) -> str:
+        return self.requests[0].request_id
+
+
+class StageControl(Protocol):
+    """How the caller watches a stage and stops it."""
+
+    def before_step(self) -> None:
+        """Called before every step; raises ``StageCancelled`` to stop."""
+        ...
+
+    def after_step(self, step: int, total: int) -> None:
+        """Step ``step`` (1-based) of ``total`` is finished."""
+        ...
+
+
+class Uncontrolled:
+    """A ``StageControl`` that neither watches nor stops."""
+
+    def before_step(self) -> None: ...
+
+    def after_step(self, step: int, total: int) -> None: ...
+
+
+class Stage(Protocol):
+    """Takes a batch as the stage before left it and leaves it for the next."""
+
+    @property
+    def role(self) -> Role: ...
+
+    def run(self, batch: Batch, control: StageControl) -> None: ...
+
+
+class Pipeline:
+    """The stages of one model on one rank, in order; a rank holds those of its roles."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        self.stages = stages
+
+    def stage(self, role: Role) -> Stage:
+        return next(stage for stage in self.stages if stage.role == role)

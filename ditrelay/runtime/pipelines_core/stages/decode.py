@@ -1,0 +1,23 @@
+"""Latents become pixels, pixels become files; only the file leaves the rank."""
+
+from __future__ import annotations
+
+from ditrelay.models.adapter import StageAdapter
+from ditrelay.runtime.pipelines_core.media import encode_media
+from ditrelay.runtime.pipelines_core.pipeline import Batch, StageControl
+from ditrelay.runtime.topology import Role
+
+
+class DecodeStage:
+    """Takes the latents in ``batch.state`` and leaves files in ``batch.media``."""
+
+    role: Role = "decode"
+
+    def __init__(self, adapter: StageAdapter, *, video: bool) -> None:
+        self._adapter = adapter
+        self._video = video
+
+    def run(self, batch: Batch, control: StageControl) -> None:
+        pixels = self._adapter.decode(batch.requests, batch.state)
+        batch.media = tuple(encode_media(frames, video=self._video) for frames in pixels)
+        batch.state = {}

@@ -1,0 +1,29 @@
+"""The denoising loop, step by step, under the caller's control."""
+
+from __future__ import annotations
+
+from ditrelay.models.adapter import StageAdapter
+from ditrelay.runtime.pipelines_core.pipeline import Batch, StageControl
+from ditrelay.runtime.topology import Role
+
+
+class DenoiseStage:
+    """Takes the conditioning in ``batch.state`` and leaves the latents there."""
+
+    role: Role = "denoise"
+
+    def __init__(self, adapter: StageAdapter) -> None:
+        self._adapter = adapter
+
+    def run(self, batch: Batch, control: StageControl) -> None:
+        adapter = self._adapter
+        session = adapter.begin(batch.requests, batch.state)
+        try:
+            more = True
+            while more:
+                control.before_step()
+                more = adapter.step(session)
+                control.after_step(session.steps_done, session.total_steps)
+            batch.state = adapter.finish(session)
+        finally:
+            adapter.abandon(session)

@@ -1,0 +1,163 @@
+"""A request's ways back and out: set back by a lost unit or edge, failed, cancelled.
+
+A request that ends while units hold something of it stays as a zombie: every holder is told to drop it, and what it
+held there is struck when the holder answers or is lost, never before.
+"""
+
+from __future__ import annotations
+
+from ditrelay.runtime.ledger import Ledger
+from ditrelay.runtime.messages import (
+    CancelRequest,
+    Drop,
+    Dropped,
+    Finish,
+    Release,
+    Stage,
+    StageFailed,
+    TransferRejected,
+)
+from ditrelay.runtime.request import RequestState
+from ditrelay.runtime.schedule_state import STATES, EdgeState, Record, UnitState
+
+_DOING: dict[RequestState, str] = {
+    RequestState.ENCODING: "it was encoded",
+    RequestState.ENCODED: "its conditioning waited to be sent",
+    RequestState.TO_DIT: "its conditioning was on the way",
+    RequestState.AT_DIT: "it waited for its denoise",
+    RequestState.DENOISING: "it was denoised",
+    RequestState.DENOISED: "its latents waited to be sent",
+    RequestState.TO_DECODER: "its latents were on the way",
+    RequestState.AT_DECODER: "it waited for its decode",
+    RequestState.DECODING: "it was decoded",
+}
+_ORDER = list(RequestState)
+
+
+class Recovery:
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    # ------------------------------------------------------------ events
+
+    def cancel(self, event: CancelRequest) -> None:
+        record = self._ledger.records.get(event.request_id)
+        if record is None or record.state.ended:
+            return
+        if event.reason is None:
+            self.end(record, Finish(record.id, "cancelled"))
+        else:
+            self.fail(record, event.reason)
+
+    def stage_failed(self, event: StageFailed) -> None:
+        found = self._ledger.at_worker(event.rank, event.request_id, event.stage)
+        if found is None:
+            return
+        record, station = found
+        self._ledger.computed(record, station)
+        if not record.state.ended:
+            finish = Finish(record.id, "failed", event.reason, event.invalid_param)
+            self.end(record, finish, freed=station.unit)
+
+    def rejected(self, event: TransferRejected) -> None:
+        """The receiver has freed its part; the source still has the payload."""
+        record = self._ledger.on_edge(event)
+        if record is None:
+            return
+        edge = record.edge
+        assert edge is not None
+        self._ledger.landed(record)
+        if not record.state.ended:
+            doing = _DOING[record.state]
+            self._ledger.strike(record, edge.dst.unit)
+            self._set_back(record, f"transfer {edge} #{event.seq} was rejected ({event.reason})", doing)
+
+    def dropped(self, event: Dropped) -> None:
+        record, unit = self._ledger.records.get(event.request_id), self._ledger.units.get(event.rank)
+        if record is not None and unit is not None and unit in record.dropping:
+            self._drop_answered(record, unit)
+
+    # ------------------------------------------------------------ ends
+
+    def fail(self, record: Record, reason: str) -> None:
+        self.end(record, Finish(record.id, "failed", reason))
+
+    def end(self, record: Record, finish: Finish, freed: UnitState | None = None) -> None:
+        """Ends a live request for the client, and for ``freed``, which has nothing of it any more."""
+        ledger = self._ledger
+        ledger.withdraw(record)
+        ledger.move(record, RequestState(finish.outcome))
+        ledger.finish(finish)
+        if freed is not None:
+            ledger.strike(record, freed)
+        for unit in record.holders():
+            record.dropping.add(unit)
+            ledger.out.append(Drop(unit.leader, record.id))
+        if record.dropping:
+            ledger.drops.start(record, ledger.now)
+        else:
+            ledger.forget(record)
+
+    def _drop_answered(self, record: Record, unit: UnitState) -> None:
+        record.dropping.discard(unit)
+        self._ledger.strike(record, unit)
+        if not record.dropping:
+            self._ledger.forget(record)
+
+    # ------------------------------------------------------------ losses
+
+    def unit_lost(self, unit: UnitState, cause: str) -> None:
+        """All processes of ``unit`` are gone and its edges are closed."""
+        # Backwards, so that the requests put at the front of the queue keep their order.
+        for record in reversed(list(self._ledger.records.values())):
+            if unit not in record.holders():
+                continue
+            if record.state.ended:
+                self._ledger.landed(record)
+                self._drop_answered(record, unit)
+            else:
+                self._holder_lost(record, unit, cause)
+
+    def _holder_lost(self, record: Record, unit: UnitState, cause: str) -> None:
+        doing = _DOING[record.state]
+        self._ledger.strike(record, unit)
+        if record.at is None or record.on_the_way:
+            self._set_back(record, cause, doing)
+        # Else only the copy is lost: the payload is where it is needed.
+
+    def edge_lost(self, edge: EdgeState, cause: str) -> None:
+        """``edge`` is closed at both ends. What has arrived over it stays where it is."""
+        for record in reversed(list(self._ledger.records.values())):
+            if record.edge is not edge or not record.on_the_way:
+                continue
+            if record.state.ended:
+                self._ledger.landed(record)
+            else:
+                self._set_back(record, cause, _DOING[record.state])
+
+    def role_lost(self, stage: Stage, reason: str) -> None:
+        """No unit will ever compute ``stage`` again: whoever still needs it fails."""
+        self._ledger.lost_roles.setdefault(stage, reason)
+        made = _ORDER.index(STATES[stage].made)
+        for record in list(self._ledger.records.values()):
+            if not record.state.ended and _ORDER.index(record.state) < made:
+                self.fail(record, reason)
+
+    def _set_back(self, record: Record, cause: str, doing: str) -> None:
+        """To its payload where there still is one, else to the front of the queue."""
+        ledger = self._ledger
+        if record.at is not None:
+            # The receiver may have it already (its ``Received`` crosses this), and must not keep it.
+            ledger.out.append(Release(record.at.leader, record.id))
+            ledger.strike(record, record.at.unit)
+        record.attempts += 1
+        if record.attempts >= ledger.config.max_attempts:
+            self.fail(record, f"{cause} while {doing} ({record.attempts} attempts)")
+        elif record.source is not None:
+            ledger.move(record, record.source.states.made)
+            ledger.reserve(record, record.source)
+            ledger.hold(record)
+        elif "encode" in ledger.lost_roles:
+            self.fail(record, ledger.lost_roles["encode"])
+        else:
+            ledger.requeue(record)

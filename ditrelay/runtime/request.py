@@ -1,0 +1,79 @@
+"""What a client asks for, and the states that a request passes through."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """One picture or one clip. ``None`` means: the model's default (see ``ModelCard.resolve``).
+
+    Attributes:
+        prompt: what to draw.
+        negative_prompt: what to keep away from; needs guidance.
+        height: pixels.
+        width: pixels.
+        num_frames: frames of a clip; 1 for image models.
+        num_inference_steps: denoising steps.
+        guidance_scale: strength of guidance, in the units of the model's own pipeline.
+        seed: seed of the CPU noise generator, 0 <= seed < 2**63; drawn at submission when absent.
+        image: an encoded picture (PNG, JPEG) to start from, for image-to-video models.
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    image: bytes | None = None
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """An accepted request: resolved parameters (no ``None`` where the model has a default) under a unique id."""
+
+    request_id: str
+    params: SamplingParams
+
+
+class RequestState(enum.StrEnum):
+    """Where a request is. ``LEGAL`` says which state may follow which."""
+
+    QUEUED = "queued"
+    ENCODING = "encoding"
+    ENCODED = "encoded"  # conditioning held by the encoder
+    TO_DIT = "to_dit"  # conditioning on its way
+    AT_DIT = "at_dit"  # conditioning waits at the replica
+    DENOISING = "denoising"
+    DENOISED = "denoised"  # latents held by the replica
+    TO_DECODER = "to_decoder"  # latents on their way
+    AT_DECODER = "at_decoder"  # latents wait at the decoder
+    DECODING = "decoding"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self in ENDED
+
+
+_S = RequestState
+ENDED = frozenset({_S.DONE, _S.FAILED, _S.CANCELLED})
+_ORDER = [s for s in _S if s not in ENDED]
+
+# Forward one place; back to where the tensors still are when a worker or an edge is lost; or to an end.
+LEGAL: dict[RequestState, frozenset[RequestState]] = {
+    state: frozenset(
+        ({_ORDER[i + 1]} if i + 1 < len(_ORDER) else {_S.DONE})
+        | ({_S.QUEUED} if i else set())
+        | ({_S.ENCODED} if i > _ORDER.index(_S.ENCODED) else set())
+        | ({_S.DENOISED} if i > _ORDER.index(_S.DENOISED) else set())
+        | {_S.FAILED, _S.CANCELLED}
+    )
+    for i, state in enumerate(_ORDER)
+} | {state: frozenset() for state in ENDED}

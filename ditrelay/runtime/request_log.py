@@ -1,0 +1,214 @@
+"""The head's record of live requests: their tickets, their moments, and the counts since the start."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from typing import Literal
+
+from ditrelay.errors import EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
+from ditrelay.runtime.messages import (
+    Decoded,
+    Denoised,
+    Encoded,
+    Received,
+    StageFailed,
+    Started,
+    StepDone,
+    WorkerEvent,
+)
+from ditrelay.runtime.metrics import RequestClock, Span, SpanKind
+from ditrelay.runtime.request import Request, RequestState
+from ditrelay.runtime.tickets import Progress, Result, Ticket
+from ditrelay.runtime.topology import Topology
+
+logger = logging.getLogger(__name__)
+
+KEPT_SPANS = 50_000
+
+
+@dataclass
+class _Entry:
+    request: Request
+    ticket: Ticket
+    clock: RequestClock
+    state: RequestState = RequestState.QUEUED
+    media: Decoded | None = None
+
+
+class RequestLog:
+    """Owned by the controller's thread, but for ``open``, ``counts`` and ``spans``, which any thread may call.
+
+    Args:
+        topology: tells which rank denoises, whose free time decides what transfer time is exposed.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._entries: dict[str, _Entry] = {}
+        self._lock = threading.Lock()
+        self._closed: str | None = None
+        self._ended: Counter[str] = Counter()
+        self._spans: deque[Span] = deque(maxlen=KEPT_SPANS)
+        self._free_since: dict[int, float] = {}
+        self._queued = 0
+
+    def open(self, request: Request, ticket: Ticket, *, limit: int) -> None:
+        """Record a request before it is submitted.
+
+        Raises:
+            EngineClosed: the engine has ended.
+            QueueFull: ``limit`` requests wait already.
+        """
+        now = time.monotonic()
+        with self._lock:
+            if self._closed is not None:
+                raise EngineClosed(self._closed)
+            if self._queued >= limit:
+                raise QueueFull(limit, self._retry_after())
+            self._queued += 1
+            self._entries[request.request_id] = _Entry(request, ticket, RequestClock(now))
+        ticket.report(Progress(request.request_id, RequestState.QUEUED, at=now))
+
+    def spans(self) -> list[Span]:
+        """The newest spans of work, oldest first."""
+        with self._lock:
+            return list(self._spans)
+
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            ended = self._ended
+            return {
+                "queued": self._queued,
+                "running": len(self._entries) - self._queued,
+                "done": ended["done"],
+                "failed": ended["failed"],
+                "cancelled": ended["cancelled"],
+            }
+
+    # ------------------------------------------------------------ called by the controller
+
+    def state_changed(self, request_id: str, state: RequestState) -> None:
+        entry = self._entries.get(request_id)
+        if entry and not state.ended:  # the end is reported with its result, by ``finish``
+            with self._lock:
+                self._queued += (state is RequestState.QUEUED) - (entry.state is RequestState.QUEUED)
+            entry.state = state
+            entry.ticket.report(Progress(request_id, state, at=time.monotonic()))
+
+    def observe(self, event: WorkerEvent) -> None:
+        """Record the moments that a worker reports."""
+        match event:
+            case Encoded(request_id=request_id, rank=rank, began=began, at=at):
+                self._span(request_id, rank, "encode", began, at)
+            case Denoised(request_id=request_id, rank=rank, began=began, at=at):
+                self._free_since[rank] = at
+                self._span(request_id, rank, "denoise", began, at)
+            case Decoded(request_id=request_id, rank=rank, began=began, at=at):
+                self._span(request_id, rank, "decode", began, at)
+                if entry := self._entries.get(request_id):
+                    entry.media = event
+            case Received():
+                self._received(event)
+            case StageFailed(rank=rank, stage="denoise", at=at):
+                self._free_since[rank] = at
+            case Started() | StepDone():
+                self._observe_denoise(event)
+
+    def _observe_denoise(self, event: Started | StepDone) -> None:
+        entry = self._entries.get(event.request_id)
+        if entry is None:
+            return
+        if isinstance(event, StepDone):
+            state = RequestState.DENOISING
+            entry.ticket.report(Progress(event.request_id, state, event.step, event.total, event.at))
+        elif event.stage == "denoise":
+            entry.clock.replica_free_since = self._free_since.get(event.rank, 0.0)
+
+    def finish(
+        self, request_id: str, outcome: Literal["done", "failed", "cancelled"], reason: str | None, param: str | None
+    ) -> None:
+        entry = self._pop(request_id, outcome)
+        now = time.monotonic()
+        if outcome == "done":
+            result = _result(entry, now)
+            logger.info("Request completed in %.2f seconds", result.timings.total)
+            entry.ticket.succeed(result, now)
+        elif outcome == "cancelled":
+            logger.info("Request %s cancelled", request_id)
+            entry.ticket.fail(RequestCancelled(request_id), RequestState.CANCELLED, now)
+        elif param is not None:
+            entry.ticket.fail(InvalidRequest(param, reason or "not allowed"), RequestState.FAILED, now)
+        else:
+            logger.warning("Request %s failed: %s", request_id, reason)
+            entry.ticket.fail(RequestFailed(request_id, reason or "no reason given"), RequestState.FAILED, now)
+
+    def reject(self, request_id: str, limit: int) -> None:
+        entry = self._pop(request_id, "rejected")
+        with self._lock:
+            error = QueueFull(limit, self._retry_after())
+        entry.ticket.fail(error, RequestState.FAILED, time.monotonic())
+
+    def close(self, reason: str) -> None:
+        """End every request that is still open; none may be opened after."""
+        with self._lock:
+            self._closed = self._closed or reason
+            entries, self._entries = list(self._entries.values()), {}
+            self._queued = 0
+        for entry in entries:
+            error = RequestFailed(entry.request.request_id, reason)
+            entry.ticket.fail(error, RequestState.FAILED, time.monotonic())
+
+    # ------------------------------------------------------------ inside
+
+    def _pop(self, request_id: str, outcome: str) -> _Entry:
+        with self._lock:
+            self._ended[outcome] += 1
+            entry = self._entries.pop(request_id)
+            self._queued -= entry.state is RequestState.QUEUED
+            return entry
+
+    def _span(self, request_id: str, rank: int, kind: SpanKind, began: float, ended: float) -> None:
+        if entry := self._entries.get(request_id):
+            entry.clock.span(kind, began, ended)
+            with self._lock:
+                self._spans.append(Span(request_id, rank, kind, began, ended))
+
+    def _received(self, event: Received) -> None:
+        """A transfer counts from the end of the stage that made its tensors until they are usable."""
+        entry = self._entries.get(event.request_id)
+        if entry is None:
+            return
+        to_dit = "denoise" in self._topology.roles_of(event.rank)
+        ready = entry.clock.ended.get("encode" if to_dit else "denoise", event.began)
+        self._span(event.request_id, event.rank, "to_dit" if to_dit else "to_decoder", ready, event.at)
+
+    def _retry_after(self) -> int:
+        """Seconds until about a tenth of the queue is worked off, by the rate of the newest finished requests.
+
+        Call with the lock held.
+        """
+        ends = [span.ended for span in self._spans if span.kind == "decode"][-20:]
+        waiting = len(self._entries)
+        if len(ends) < 2 or ends[-1] <= ends[0]:
+            return 1
+        rate = (len(ends) - 1) / (ends[-1] - ends[0])
+        return max(1, min(60, round(waiting / 10 / rate)))
+
+
+def _result(entry: _Entry, now: float) -> Result:
+    media = entry.media
+    assert media is not None, "a request is done when its media is here"
+    return Result(
+        request_id=entry.request.request_id,
+        params=entry.request.params,
+        media=media.media,
+        media_type=media.media_type,
+        width=media.width,
+        height=media.height,
+        num_frames=media.num_frames,
+        timings=entry.clock.timings(now),
+    )

@@ -1,0 +1,280 @@
+"""What the scheduler knows: requests, stations, units and edges, as plain records without behaviour of their own.
+
+``ledger`` has the methods that change what requests hold; see there for who else may change what.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ditrelay.runtime.messages import Stage
+from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.request import Request, RequestState
+from ditrelay.runtime.topology import Topology, Unit
+
+_S = RequestState
+
+UnitStatus = Literal["starting", "up", "down", "failed"]
+EdgeStatus = Literal["closed", "opening", "up"]
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits and time-outs. Times in seconds.
+
+    Attributes:
+        max_pending_transfers: window of one edge: payloads on the way plus payloads that wait at the receiver.
+        max_pending_bytes: byte budget of one edge for the same.
+        max_queue: requests that may wait for an encoder.
+        lock_step: one request per encoder unit between its encode and its end, window 1.
+        transfer_timeout: for one transfer, and for one edge to open.
+        stage_timeout: for a stage without any sign of life.
+        startup_timeout: from the spawn of a unit until all of its members are up.
+        max_attempts: how often a request may be set back by lost workers and edges before it fails.
+        max_restarts: restarts of one unit within ``restart_window`` before it is given up.
+        restart_window: see ``max_restarts``.
+    """
+
+    max_pending_transfers: int = 2
+    max_pending_bytes: int = 1 << 30
+    max_queue: int = 256
+    lock_step: bool = False
+    transfer_timeout: float = 60.0
+    stage_timeout: float = 600.0
+    startup_timeout: float = 600.0
+    max_attempts: int = 3
+    max_restarts: int = 3
+    restart_window: float = 300.0
+
+    @property
+    def window(self) -> int:
+        return 1 if self.lock_step else self.max_pending_transfers
+
+
+class StageStates(NamedTuple):
+    """The states of a request on its way through one stage. An encode comes straight from the queue: it never waits."""
+
+    moving: RequestState
+    arrived: RequestState
+    running: RequestState
+    made: RequestState
+
+
+STATES: dict[Stage, StageStates] = {
+    "encode": StageStates(_S.QUEUED, _S.ENCODING, _S.ENCODING, _S.ENCODED),
+    "denoise": StageStates(_S.TO_DIT, _S.AT_DIT, _S.DENOISING, _S.DENOISED),
+    "decode": StageStates(_S.TO_DECODER, _S.AT_DECODER, _S.DECODING, _S.DONE),
+}
+NEXT: dict[Stage, Stage] = {"encode": "denoise", "denoise": "decode"}
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """One request and everything that is held for it. After its end it stays, a *zombie*, until all of that is back.
+
+    Attributes:
+        number: order of submission.
+        attempts: how often a lost worker or edge, or a rejected transfer, set it back.
+        at: where its stage is or will be computed: the input is on the way there, waits there or is dispatched.
+        seq: number of the transfer that is on the way to ``at``, -1 while none is.
+        source: has the payload that the stage at ``at`` needs (or that no ``at`` is chosen for yet).
+        header: of the payload made last; ``nbytes`` is its size.
+        reserved: from whose pool it has a hop credit reserved.
+        edge: whose credit it uses.
+        home: lock-step only: the encoder unit that takes no other request before this one ends.
+        dropping: units that have not answered ``Drop`` yet; only a zombie has any.
+    """
+
+    request: Request
+    number: int
+    state: RequestState = RequestState.QUEUED
+    attempts: int = 0
+    at: Station | None = None
+    dispatched: bool = False
+    seq: int = -1
+    source: Station | None = None
+    header: PayloadHeader | None = None
+    nbytes: int = 0
+    reserved: Station | None = None
+    edge: EdgeState | None = None
+    home: UnitState | None = None
+    dropping: set[UnitState] = field(default_factory=set)
+
+    @property
+    def id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def on_the_way(self) -> bool:
+        return self.seq >= 0
+
+    def holders(self) -> list[UnitState]:
+        """The units that have or will have something of it, source first."""
+        return [station.unit for station in (self.source, self.at) if station is not None]
+
+
+@dataclass(eq=False, slots=True)
+class EdgeState:
+    """One directed edge, its credits and its life. A local edge joins two stages of one unit and is always usable.
+
+    ``used`` and ``nbytes`` count payloads on the way and payloads that wait at the receiver for their stage to start.
+    """
+
+    src: Station
+    dst: Station
+    window: int
+    max_bytes: int
+    status: EdgeStatus = "closed"
+    generation: int = 0
+    ends: set[int] = field(default_factory=set)
+    failures: int = 0
+    next_seq: int = 0
+    used: int = 0
+    nbytes: int = 0
+
+    @property
+    def local(self) -> bool:
+        return self.src.unit is self.dst.unit
+
+    @property
+    def usable(self) -> bool:
+        return self.status == "up"
+
+    def fits(self, nbytes: int) -> bool:
+        return self.status == "up" and self.used < self.window and self.nbytes + nbytes <= self.max_bytes
+
+    def __str__(self) -> str:
+        return f"{self.src.leader}->{self.dst.leader}"
+
+
+@dataclass(eq=False, slots=True)
+class Station:
+    """One stage at one unit: what waits for it, what it computes, what it has made and not yet sent.
+
+    Attributes:
+        waiting: inputs are here, not dispatched (encode has the common queue instead).
+        dispatched: given to the worker, oldest first; a zombie stays until its ``Dropped``.
+        running: the one of them that the worker works on.
+        held: products that wait for an edge, oldest request first.
+        out: edges that its products may take, by the leader they go to; ``local`` is the only one where it is there.
+        free: credits of the usable edges in ``out``; ``reserved`` of these are promised to requests in the making.
+        kept: bytes of products that are here until the next stage is complete.
+    """
+
+    unit: UnitState
+    stage: Stage
+    states: StageStates
+    leader: int
+    waiting: deque[Record] = field(default_factory=deque)
+    dispatched: list[Record] = field(default_factory=list)
+    running: Record | None = None
+    held: list[Record] = field(default_factory=list)
+    out: dict[int, EdgeState] = field(default_factory=dict)
+    local: EdgeState | None = None
+    free: int = 0
+    reserved: int = 0
+    kept: int = 0
+
+    @property
+    def may_produce(self) -> bool:
+        """Whether a product made now would have a credit; pixels need none."""
+        return self.stage == "decode" or self.free > self.reserved
+
+
+@dataclass(eq=False, slots=True)
+class UnitState:
+    """One unit and its life.
+
+    Attributes:
+        members_up: of the current spawn.
+        load: requests at or on the way to any of its stations.
+        bound: lock-step only: live requests that were encoded here.
+        restarts: when it went down and was to be restarted, within the restart window; ``restarted`` counts all.
+        reason: why it is down or failed.
+    """
+
+    unit: Unit
+    stations: dict[Stage, Station] = field(default_factory=dict)
+    edges: list[EdgeState] = field(default_factory=list)
+    boards: list[LoadBoard] = field(default_factory=list)
+    status: UnitStatus = "down"
+    members_up: set[int] = field(default_factory=set)
+    load: int = 0
+    bound: int = 0
+    restarts: deque[float] = field(default_factory=deque)
+    restarted: int = 0
+    respawn_at: float = 0.0
+    reason: str | None = None
+
+    @property
+    def leader(self) -> int:
+        return self.unit.leader
+
+    def change_load(self, by: int) -> None:
+        size = len(self.unit.members)
+        old, self.load = self.load, self.load + by
+        assert self.load >= 0, f"unit {self.leader} got back more work than it had"
+        for board in self.boards:
+            board.replace(self.leader, (old + 1) / size, (self.load + 1) / size)
+
+
+class LoadBoard:
+    """The units of one role: least load per rank first, ties to the lowest leader.
+
+    The load is what a unit would have with one request more, so that of two idle units the larger one comes first.
+    """
+
+    def __init__(self, units: list[UnitState]) -> None:
+        self.order = sorted(((unit.load + 1) / len(unit.unit.members), unit.leader) for unit in units)
+
+    def replace(self, leader: int, old: float, new: float) -> None:
+        del self.order[bisect_left(self.order, (old, leader))]
+        insort(self.order, (new, leader))
+
+
+Fleet = tuple[dict[int, UnitState], dict[tuple[int, int], EdgeState], dict[Stage, LoadBoard]]
+
+
+def build_fleet(topology: Topology, config: SchedulerConfig) -> Fleet:
+    """Units by leader, edges by the leaders they join, and per stage the board of the units that compute it."""
+    units = {unit.leader: _unit_state(unit) for unit in topology.units}
+    edges: dict[tuple[int, int], EdgeState] = {}
+    boards: dict[Stage, LoadBoard] = {}
+    for stage in STATES:
+        workers = [unit for unit in units.values() if stage in unit.stations]
+        boards[stage] = board = LoadBoard(workers)
+        for unit in workers:
+            unit.boards.append(board)
+    for src, dst in topology.edges:
+        # An encoder that sends does not denoise, so the source's roles say which hop this is.
+        stage = "denoise" if "denoise" in units[src].stations else "encode"
+        edge = _join(units[src].stations[stage], units[dst].stations[NEXT[stage]], config)
+        edges[src, dst] = edge
+        units[src].edges.append(edge)
+        units[dst].edges.append(edge)
+    for unit in units.values():
+        for made, used in NEXT.items():
+            if {made, used} <= unit.stations.keys():
+                _join(unit.stations[made], unit.stations[used], config)
+    return units, edges, boards
+
+
+def _unit_state(unit: Unit) -> UnitState:
+    state = UnitState(unit)
+    for stage in STATES:
+        if stage in unit.roles:
+            state.stations[stage] = Station(state, stage, STATES[stage], unit.leader)
+    return state
+
+
+def _join(src: Station, dst: Station, config: SchedulerConfig) -> EdgeState:
+    edge = EdgeState(src, dst, config.window, config.max_pending_bytes)
+    src.out[dst.leader] = edge
+    if edge.local:
+        edge.status = "up"
+        src.free = edge.window
+        src.local = edge
+    return edge

@@ -1,0 +1,136 @@
+"""What a client holds of a request: its progress, its result, the means to cancel it."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ditrelay.runtime.metrics import Timings
+from ditrelay.runtime.request import Request, RequestState, SamplingParams
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A request reached ``state``; while denoising, ``step`` of ``total_steps`` are done. ``at``: monotonic seconds."""
+
+    request_id: str
+    state: RequestState
+    step: int = 0
+    total_steps: int = 0
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished picture or clip.
+
+    Attributes:
+        media: the file's bytes, PNG or MP4 as ``media_type`` says.
+        params: every parameter as it was used, the seed among them.
+        timings: where the time went.
+    """
+
+    request_id: str
+    params: SamplingParams
+    media: bytes
+    media_type: str
+    width: int
+    height: int
+    num_frames: int
+    timings: Timings
+
+    @property
+    def seed(self) -> int:
+        assert self.params.seed is not None
+        return self.params.seed
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, decoded. Raises ``ValueError`` for a clip."""
+        if self.media_type != "image/png":
+            raise ValueError(f"request {self.request_id} made a clip ({self.media_type}); use .media or .save()")
+        return Image.open(io.BytesIO(self.media))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the file as it is (no re-encoding); makes missing folders. Returns the path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.media)
+        return path
+
+
+class Ticket:
+    """One submitted request. Usable from any thread."""
+
+    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
+        self.request_id = request.request_id
+        self.params = request.params
+        self._cancel = cancel
+        self.future: Future[Result] = Future()
+        self._history: list[Progress] = []
+        self._subscribers: list[Callable[[Progress], None]] = []
+        self._changed = threading.Condition()
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the end.
+
+        Raises:
+            RequestFailed, RequestCancelled, InvalidRequest, QueueFull: how else it may end.
+            TimeoutError: it has not ended within ``timeout`` seconds; it goes on.
+        """
+        try:
+            return self.future.result(timeout)
+        except TimeoutError:
+            if self.future.done():
+                raise
+            raise TimeoutError(f"request {self.request_id} has not ended within {timeout:g} s") from None
+
+    def done(self) -> bool:
+        return self.future.done()
+
+    def cancel(self) -> None:
+        """Ask for the end; ``result`` then raises ``RequestCancelled`` unless the request was faster."""
+        self._cancel(self.request_id)
+
+    def events(self) -> Iterator[Progress]:
+        """Every change from the submission on; waits for the next and ends with the request."""
+        position = 0
+        while True:
+            with self._changed:
+                while len(self._history) == position:
+                    self._changed.wait()
+                news = self._history[position:]
+            yield from news
+            position += len(news)
+            if news[-1].state.ended:
+                return
+
+    def subscribe(self, callback: Callable[[Progress], None]) -> None:
+        """Call ``callback`` with every change, those that were already included. It must be quick: the engine waits."""
+        with self._changed:
+            for progress in self._history:
+                callback(progress)
+            self._subscribers.append(callback)
+
+    # ------------------------------------------------------------ called by the engine
+
+    def report(self, progress: Progress) -> None:
+        with self._changed:
+            self._history.append(progress)
+            for callback in self._subscribers:
+                callback(progress)
+            self._changed.notify_all()
+
+    def succeed(self, result: Result, at: float) -> None:
+        self.future.set_result(result)
+        self.report(Progress(self.request_id, RequestState.DONE, at=at))
+
+    def fail(self, error: Exception, state: RequestState, at: float) -> None:
+        self.future.set_exception(error)
+        self.report(Progress(self.request_id, state, at=at))

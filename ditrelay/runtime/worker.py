@@ -1,0 +1,252 @@
+"""One rank's life: start, load its roles' components, obey the head until told to stop or the head is gone.
+
+The main thread is the control thread. Loading happens beside it, so that heartbeats go out meanwhile; computing happens
+on the lanes, transfers on the edges' threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import zmq
+
+from ditrelay.models.adapter import StageAdapter
+from ditrelay.models.loading import LoadSpec, load_adapter
+from ditrelay.runtime.communication.communicator import DisaggCommunicator
+from ditrelay.runtime.communication.replica import ReplicaLeader, ReplicaPeer
+from ditrelay.runtime.communication.store import connect_store, replica_prefix
+from ditrelay.runtime.communication.torch_transport import TorchTransport
+from ditrelay.runtime.communication.transport import Transport
+from ditrelay.runtime.control_plane import HeadLogHandler, WorkerSockets, replica_address
+from ditrelay.runtime.messages import Heartbeat, Shutdown, WorkerFailed, WorkerUp
+from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
+from ditrelay.runtime.pipelines_core.executors.lane import Lane
+from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
+from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
+from ditrelay.runtime.pipelines_core.executors.replica import LedAdapter, follow
+from ditrelay.runtime.pipelines_core.stages import build_pipeline
+from ditrelay.runtime.topology import Edge, Role, Unit
+from ditrelay.runtime.worker_spec import WorkerSpec
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+LINGER_SECONDS = 2.0
+
+
+def run_worker(spec: WorkerSpec) -> None:
+    """The worker process's entry point; returns when the worker is told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
+    # Control threads wait behind a thread that launches kernels: hand the interpreter over ten times sooner.
+    sys.setswitchinterval(0.0005)
+    sockets = WorkerSockets(spec.run_dir, spec.rank, spec.incarnation)
+    _log_to_head(spec, sockets)
+    worker = Worker(spec, sockets)
+    threading.Thread(target=worker.load, name="load", daemon=True).start()
+    worker.obey()
+    sockets.close(LINGER_SECONDS)
+    # Threads that libraries left behind must not hold the process: everything that matters is flushed.
+    os._exit(worker.exit_code)
+
+
+def _log_to_head(spec: WorkerSpec, sockets: WorkerSockets) -> None:
+    root = logging.getLogger()
+    root.handlers = [HeadLogHandler(spec.rank, sockets)]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("ditrelay").setLevel(spec.args.log_level.upper())
+
+
+class Worker:
+    """One rank. ``load`` runs once on its own thread, ``obey`` on the main thread."""
+
+    def __init__(self, spec: WorkerSpec, sockets: WorkerSockets) -> None:
+        self.spec = spec
+        self.rank = spec.rank
+        self.unit: Unit = spec.topology.unit_of(spec.rank)
+        self.roles = spec.topology.roles_of(spec.rank)
+        self.device = torch.device("cpu") if spec.device_type == "cpu" else torch.device("cuda", spec.rank)
+        self.exit_code = 0
+        self._sockets = sockets
+        self._stop = threading.Event()
+        self._loop: OverlapLoop | None = None
+        self._executor: DisaggregatedExecutor | None = None
+        self._leader: ReplicaLeader | None = None
+        self._lanes: set[Lane] = set()
+
+    # ------------------------------------------------------------ loading
+
+    def load(self) -> None:
+        """Load the model, then report ``WorkerUp``; on a peer of a replica, then follow its leader."""
+        began = time.monotonic()
+        try:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            if len(self.unit.members) > 1:
+                self._join_replica()
+            adapter = load_adapter(self._load_spec())
+            if self.rank == self.unit.leader:
+                self._become_leader(adapter)
+            self._report_up(began)
+            if self.rank != self.unit.leader:
+                self._follow(adapter)
+        except Exception as error:  # a worker that cannot go on says why, whatever it was, and ends
+            logger.debug("rank %d cannot go on", self.rank, exc_info=True)
+            self._fail(describe(error))
+
+    def _load_spec(self) -> LoadSpec:
+        args = self.spec.args
+        return LoadSpec(
+            card=self.spec.card,
+            roles=self.roles,
+            device=str(self.device),
+            dtype=args.dtype,
+            attention_backend=args.attention_backend,
+            torch_compile=args.enable_torch_compile,
+            sp=self.unit.sp,
+            tp=self.unit.tp,
+        )
+
+    def _join_replica(self) -> None:
+        """The replica's default process group: diffusers' context and tensor parallelism work on the default group."""
+        timeout = self.spec.args.dist_timeout
+        store = connect_store(self.spec.store_host, self.spec.store_port, timeout)
+        dist.init_process_group(
+            "nccl" if self.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(replica_prefix(self.unit.leader, self.spec.incarnation), store),
+            rank=self.unit.members.index(self.rank),
+            world_size=len(self.unit.members),
+            timeout=timedelta(seconds=timeout),
+        )
+
+    def _become_leader(self, adapter: StageAdapter) -> None:
+        spec, comm = self.spec, self._communicator()
+        if len(self.unit.members) > 1:
+            peers = [replica_address(spec.run_dir, rank, spec.incarnation) for rank in self.unit.members[1:]]
+            self._leader = ReplicaLeader(peers)
+            adapter = LedAdapter(adapter, self._leader, self.device)
+        edges = [edge for edge in spec.topology.edges if self.rank in edge]
+        self._executor = DisaggregatedExecutor(
+            spec.args, rank=self.rank, roles=self.roles, communicator=comm, device=self.device, peers=max(1, len(edges))
+        )
+        lanes = self._make_lanes()
+        self._lanes = set(lanes.values())
+        pipeline = build_pipeline(adapter, self.roles, video=spec.card.media == "video")
+        self._loop = OverlapLoop(
+            self._executor,
+            pipeline,
+            lanes=lanes,
+            priority=_priority(self.roles),
+            emit=self._sockets.emit,
+            on_broken=self._fail if self._leader else None,
+        )
+
+    def _communicator(self) -> DisaggCommunicator:
+        spec, timeout = self.spec, self.spec.args.dist_timeout
+
+        def connect(edge: Edge, generation: int) -> Transport:
+            # A store client of its own: one that waits holds its connection, and edges are made side by side.
+            store = connect_store(spec.store_host, spec.store_port, timeout)
+            return TorchTransport.connect(store, edge, generation, spec.rank, device=self.device, timeout=timeout)
+
+        return DisaggCommunicator(spec.rank, spec.topology.roles_of, connect, timeout)
+
+    def _make_lanes(self) -> dict[Role, Lane]:
+        """All roles share one lane on a CPU and beside a DiT; on a GPU encode and decode get streams of their own."""
+        if self.device.type == "cpu" or "denoise" in self.roles:
+            shared = Lane("compute", self.device)
+            return dict.fromkeys(self.roles, shared)
+        return {role: Lane(role, self.device, urgent=role == "encode") for role in self.roles}
+
+    def _report_up(self, began: float) -> None:
+        now = time.monotonic()
+        self._sockets.emit(WorkerUp(self.rank, os.getpid(), now, now - began))
+
+    def _follow(self, adapter: StageAdapter) -> None:
+        spec = self.spec
+        peer = ReplicaPeer(replica_address(spec.run_dir, spec.rank, spec.incarnation))
+        follow(peer, adapter, self.device, self._stop.is_set)
+
+    def _fail(self, reason: str) -> None:
+        self._sockets.emit(WorkerFailed(self.rank, reason))
+        self.exit_code = 1
+        self._stop.set()
+
+    # ------------------------------------------------------------ obeying
+
+    def obey(self) -> None:
+        """Carry out commands and send heartbeats until ``Shutdown``, a failure, or the end of the head."""
+        poller = zmq.Poller()
+        poller.register(self._sockets.commands, zmq.POLLIN)
+        head = _open_head(self.spec.head_pid)
+        if head is None:
+            return
+        poller.register(head, zmq.POLLIN)
+        beat = 0.0
+        while not self._stop.is_set():
+            ready = dict(poller.poll(round(HEARTBEAT_SECONDS * 250)))
+            if head in ready:
+                os._exit(1)  # nobody is left to report to
+            for command in self._sockets.receive_all():
+                if isinstance(command, Shutdown):
+                    self._shut_down()
+                    return
+                assert self._loop is not None, "the head sends no work before WorkerUp"
+                self._loop.handle(command)
+            if time.monotonic() - beat >= HEARTBEAT_SECONDS:
+                beat = time.monotonic()
+                self._sockets.emit(self._heartbeat(beat))
+
+    def _shut_down(self) -> None:
+        self._stop.set()
+        if self._leader:
+            self._leader.close()
+        for lane in self._lanes:
+            lane.close(timeout=0.0)
+        if self._executor:
+            self._executor.comm.close()
+
+    def _heartbeat(self, at: float) -> Heartbeat:
+        executor, loop = self._executor, self._loop
+        if loop:
+            loop.reap()
+        cuda = self.device.type == "cuda" and loop is not None
+        return Heartbeat(
+            self.rank,
+            at,
+            rss=_rss_bytes(),
+            device_allocated=torch.cuda.memory_allocated(self.device) if cuda else 0,
+            device_peak=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            pending_sends=len(executor.pending_sends) if executor else 0,
+            pending_recvs=len(executor.pending_recvs) if executor else 0,
+            kept=loop.kept_bytes() if loop else 0,
+        )
+
+
+def _priority(roles: frozenset[Role]) -> dict[Role, int]:
+    """Which role goes first on a shared lane.
+
+    A non-DiT rank encodes first: that feeds the expensive ranks. A colocated rank finishes what it has begun.
+    """
+    order: tuple[Role, ...] = ("decode", "denoise", "encode") if "denoise" in roles else ("encode", "decode")
+    return {role: position for position, role in enumerate(order)}
+
+
+def _open_head(pid: int) -> int | None:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def _rss_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize()

@@ -1,0 +1,32 @@
+"""What a worker is started with: plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ditrelay.models.card import ModelCard
+from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.topology import Topology
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Attributes:
+    rank: whose process this is.
+    incarnation: how often the rank was started before; also the generation of its replica's group.
+    device_type: ``cpu`` or ``cuda``; rank r of a host runs on ``cuda:r``.
+    run_dir: where the control plane's sockets are.
+    store_host, store_port: the head's TCPStore.
+    head_pid: the worker ends when this process does.
+    """
+
+    rank: int
+    incarnation: int
+    args: ServerArgs
+    card: ModelCard
+    topology: Topology
+    device_type: str
+    run_dir: str
+    store_host: str
+    store_port: int
+    head_pid: int

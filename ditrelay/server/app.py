@@ -1,0 +1,182 @@
+"""The HTTP application over an engine, and ``ditrelay serve``: the two on one socket until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from ditrelay._version import __version__
+from ditrelay.errors import ConfigError, DitrelayError
+from ditrelay.runtime import logs
+from ditrelay.server import images, problem, service
+from ditrelay.server.context import Context
+from ditrelay.server.middleware import AccessLog, BodyLimit
+
+if TYPE_CHECKING:
+    from ditrelay.engine import AsyncEngine
+    from ditrelay.runtime.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+# Once the engine is closed, all that is left is to send what is already there.
+_DRAIN_SECONDS = 3
+
+
+def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException], None] | None = None) -> FastAPI:
+    """The API of one engine that is not started yet.
+
+    The application's lifespan starts the engine beside the server, so that ``/health`` answers while models load, and
+    closes it at the end.
+
+    Args:
+        engine: does the work.
+        on_failed_start: called with the error where the engine does not start. The application itself goes on and
+            answers requests for pictures with 503.
+    """
+    context = Context(engine)
+    app = FastAPI(
+        title="ditrelay",
+        version=__version__,
+        description="Pictures from diffusion transformers, by OpenAI's image API.",
+        lifespan=_lifespan(context, on_failed_start),
+        middleware=[Middleware(AccessLog), Middleware(BodyLimit)],
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    app.state.context = context
+    problem.install(app)
+    app.include_router(images.router)
+    app.include_router(service.router)
+    return app
+
+
+def _lifespan(
+    context: Context, on_failed_start: Callable[[BaseException], None] | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    def start_ended(task: asyncio.Task[AsyncEngine]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        context.started = error is None
+        if error is None or context.closing:  # a start that the end of the server cut short has not failed
+            return
+        logger.error(
+            "the engine did not start: %s", error, exc_info=None if isinstance(error, DitrelayError) else error
+        )
+        if on_failed_start is not None:
+            on_failed_start(error)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        starting = asyncio.create_task(context.engine.start())
+        starting.add_done_callback(start_ended)
+        try:
+            yield
+        finally:
+            await context.close()
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+
+    return lifespan
+
+
+def serve(args: ServerArgs) -> int:
+    """Serve ``args`` until SIGINT or SIGTERM. To be called in the main thread.
+
+    Returns:
+        The exit code: 0 after a signal, 1 where the engine did not start, 2 where a setting is wrong (a taken port).
+        Every reason is in the log, one line on stderr.
+    """
+    logs.configure(args.log_level)
+    try:
+        with closing(listen(args.host, args.port)) as listener:
+            return asyncio.run(_serve(args, listener))
+    except ConfigError as error:
+        logger.error("%s", error)
+        return 2
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; ``port`` 0 takes a free one.
+
+    Raises:
+        ConfigError: the address or the port cannot be had.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family)
+    except UnicodeError as error:
+        raise ConfigError("--host", f"{host!r} is not an address or a host name") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError("--port", f"{port} is taken on {host}; choose another, or 0 for a free one") from error
+        flag = "--port" if error.errno == errno.EACCES else "--host"
+        raise ConfigError(flag, f"cannot listen on {host}:{port}: {error.strerror}") from error
+
+
+async def _serve(args: ServerArgs, listener: socket.socket) -> int:
+    # Imported late: it takes seconds, and a taken port is told before.
+    from ditrelay.engine import AsyncEngine
+
+    server = EngineServer(AsyncEngine(args))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.stop)
+    host, port = listener.getsockname()[:2]
+    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    await server.serve(sockets=[listener])
+    if isinstance(server.failure, ConfigError):
+        return 2
+    return 1 if server.failure else 0
+
+
+class EngineServer(uvicorn.Server):
+    """A uvicorn server that ends with its engine.
+
+    Attributes:
+        failure: why the engine did not start, if it did not.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        app = create_app(engine, on_failed_start=self._fail)
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=_DRAIN_SECONDS,
+        )
+        super().__init__(config)
+        self.failure: BaseException | None = None
+        self._context: Context = app.state.context
+
+    def stop(self) -> None:
+        """End ``serve`` soon; requests that run are answered with 503."""
+        self.should_exit = True
+
+    def _fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.stop()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone: uvicorn would raise them again at the end, and the exit code would not be 0."""
+        yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Closes the engine first, so that requests that run get an answer instead of a broken connection."""
+        logger.info("Shutting down")
+        await self._context.close()
+        await super().shutdown(sockets)

@@ -1,0 +1,158 @@
+"""Every error that a client can see, in OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ditrelay.errors import DitrelayError, EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
+from ditrelay.server.schemas import Error, ErrorResponse, ImageGenerationRequest
+
+INVALID = "invalid_request_error"
+SERVER = "server_error"
+
+# For the OpenAPI page; naming 4XX also keeps FastAPI from documenting its own 422, which is never sent.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is refused; the message names the field."},
+    "5XX": {"model": ErrorResponse, "description": "The server failed, is busy, or is not ready."},
+}
+
+
+class ApiError(DitrelayError):
+    """An answer other than success.
+
+    Args:
+        status: HTTP status.
+        message: what is wrong and what is allowed instead.
+        type: OpenAI's class of error.
+        param: the request field at fault.
+        code: the reason, for programs.
+        headers: further response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.error = Error(message=message, type=type, param=param, code=code)
+        self.headers = dict(headers or {})
+
+    def response(self) -> JSONResponse:
+        body = ErrorResponse(error=self.error).model_dump()
+        return JSONResponse(body, status_code=self.status, headers=self.headers)
+
+
+def not_ready(message: str) -> ApiError:
+    """503: the engine takes no requests now; try again soon."""
+    return ApiError(503, message, type=SERVER, code="not_ready", headers={"Retry-After": "5"})
+
+
+def shutting_down() -> ApiError:
+    """503: this server ends; another may be up soon."""
+    return not_ready("the server is shutting down")
+
+
+def model_not_found(name: str, served: str) -> ApiError:
+    """404: ``name`` is not the served model."""
+    message = f"model: {shorten(name)!r} is not served here; served: {served!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """A client's text, cut to a length fit for a message."""
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception that leaves a route in OpenAI's form."""
+    describers: dict[type[Exception], Callable[[Request, Any], ApiError]] = {
+        ApiError: lambda request, error: error,
+        InvalidRequest: _invalid_request,
+        QueueFull: _queue_full,
+        RequestFailed: _request_failed,
+        RequestCancelled: _closing,
+        EngineClosed: _closing,
+        RequestValidationError: _schema_refused,
+        HTTPException: _http_error,
+        Exception: _unexpected,
+    }
+    for kind, describe in describers.items():
+        app.add_exception_handler(kind, _handler(describe))
+
+
+def _handler(describe: Callable[[Request, Any], ApiError]) -> Callable[[Request, Exception], Any]:
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return describe(request, error).response()
+
+    return handle
+
+
+def _invalid_request(request: Request, error: InvalidRequest) -> ApiError:
+    return ApiError(400, str(error), param=error.param, code="invalid_value")
+
+
+def _queue_full(request: Request, error: QueueFull) -> ApiError:
+    headers = {"Retry-After": str(error.retry_after)}
+    return ApiError(429, str(error), type="rate_limit_error", code="queue_full", headers=headers)
+
+
+def _request_failed(request: Request, error: RequestFailed) -> ApiError:
+    return ApiError(500, str(error), type=SERVER, code="request_failed")
+
+
+def _closing(request: Request, error: EngineClosed | RequestCancelled) -> ApiError:
+    return shutting_down()
+
+
+def _unexpected(request: Request, error: Exception) -> ApiError:
+    # What went wrong is in the log; it may hold what clients must not see.
+    return ApiError(500, "internal error; the server's log has the cause", type=SERVER, code="internal_error")
+
+
+def _http_error(request: Request, error: HTTPException) -> ApiError:
+    target = f"{request.method} {shorten(request.url.path)}"
+    message, code = {
+        400: ("the body cannot be read as JSON in UTF-8", "invalid_json"),  # FastAPI says it in no other case
+        404: (f"{target}: there is nothing at this address; GET / lists what there is", "unknown_url"),
+        405: (f"{target}: this method is not allowed here", "method_not_allowed"),
+        408: (error.detail, "body_timeout"),
+        413: (error.detail, "body_too_large"),
+    }.get(error.status_code, (error.detail, None))
+    return ApiError(error.status_code, message, code=code, headers=error.headers)
+
+
+def _schema_refused(request: Request, error: RequestValidationError) -> ApiError:
+    first = error.errors()[0]
+    kind, location = first["type"], first["loc"]
+    if kind == "json_invalid":
+        reason = f"the body is not JSON: {first['ctx']['error']} at character {location[1]}"
+        return ApiError(400, reason, code="invalid_json")
+    if len(location) < 2:
+        return _no_object(first["input"])
+    param = shorten(str(location[1]))
+    if kind == "extra_forbidden":
+        known = ", ".join(ImageGenerationRequest.model_fields)
+        return ApiError(400, f"{param}: unknown field; known: {known}", param=param, code="unknown_parameter")
+    if kind == "missing":
+        return ApiError(400, f"{param}: required", param=param, code="missing_required_parameter")
+    return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
+
+
+def _no_object(body: object) -> ApiError:
+    # FastAPI hands a body over as bytes where its content type is not JSON.
+    if isinstance(body, bytes):
+        return ApiError(400, "Content-Type: must be application/json", code="invalid_content_type")
+    return ApiError(400, "the body must be a JSON object", code="invalid_json")

@@ -1,0 +1,161 @@
+"""The JSON of the API: OpenAI's requests, responses and errors, with ditrelay's extensions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from ditrelay.errors import InvalidRequest
+from ditrelay.runtime.metrics import Timings
+from ditrelay.runtime.request import SamplingParams
+
+_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # JSON can spell it ("\\ud800"); no message to a worker can hold it.
+        raise PydanticCustomError("text", "must not contain half a surrogate pair") from error
+    return text
+
+
+def _check_size(size: str) -> str:
+    if size != "auto" and not _SIZE.fullmatch(size):
+        raise PydanticCustomError("size", "must be 'auto' or WIDTHxHEIGHT in pixels, for instance '128x128'")
+    return size
+
+
+Text = Annotated[str, AfterValidator(_check_text)]
+Size = Annotated[str, AfterValidator(_check_size)]
+
+
+class ImageGenerationRequest(BaseModel):
+    """OpenAI's image generation request, and what it lacks: seed, steps, guidance, negative prompt, height, width.
+
+    ``quality``, ``style``, ``background`` and ``output_format`` are taken only at values that ask for nothing which
+    this server does not do. A field set to ``null`` counts as absent.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Text = Field(description="What to draw.")
+    model: str | None = Field(None, description="The served model's name; may be left out.")
+    n: int | None = Field(1, ge=1, le=10, description="Number of pictures.")
+    size: Size | None = Field("auto", description="WIDTHxHEIGHT in pixels, or auto: the model's default.")
+    response_format: Literal["url", "b64_json"] | None = Field(
+        "url", description="url: an address on this server, valid for an hour; b64_json: the file itself."
+    )
+    user: str | None = Field(None, description="Ignored.")
+    quality: Literal["auto", "standard"] | None = Field(None, description="No effect; see num_inference_steps.")
+    style: Literal["natural"] | None = Field(None, description="No effect; prompts are never rewritten.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="No effect; pictures are opaque.")
+    output_format: Literal["png"] | None = Field(None, description="No effect; pictures are PNG files.")
+
+    seed: int | None = Field(None, description="Picture i uses seed + i. Drawn, and returned, where it is absent.")
+    num_inference_steps: int | None = Field(None, description="Denoising steps; default: the model's.")
+    guidance_scale: float | None = Field(
+        None, allow_inf_nan=False, description="Strength of guidance, in the units of the model's own pipeline."
+    )
+    negative_prompt: Text | None = Field(None, description="What to keep away from; needs guidance.")
+    height: int | None = Field(None, description="Pixels; must not contradict size.")
+    width: int | None = Field(None, description="Pixels; must not contradict size.")
+
+    def sampling_params(self) -> Iterator[SamplingParams]:
+        """Parameters of every picture asked for, in order.
+
+        Raises:
+            InvalidRequest: ``size`` contradicts ``height`` or ``width``.
+        """
+        height, width = self._height_and_width()
+        for index in range(self.n or 1):
+            yield SamplingParams(
+                prompt=self.prompt,
+                negative_prompt=self.negative_prompt,
+                height=height,
+                width=width,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                seed=None if self.seed is None else self.seed + index,
+            )
+
+    def as_written(self, error: InvalidRequest) -> InvalidRequest:
+        """``error`` with its parameter named as this client wrote it (``size`` where that gave the height)."""
+        if error.param in ("height", "width") and getattr(self, error.param) is None and self.size:
+            return InvalidRequest("size", f"{error.param} {error.reason}")
+        return error
+
+    def _height_and_width(self) -> tuple[int | None, int | None]:
+        match = _SIZE.fullmatch(self.size or "auto")
+        if match is None:
+            return self.height, self.width
+        width, height = int(match[1]), int(match[2])
+        for name, given, of_size in (("height", self.height, height), ("width", self.width, width)):
+            if given not in (None, of_size):
+                raise InvalidRequest(name, f"{given} contradicts size {self.size}; give only one of the two")
+        return height, width
+
+
+class Picture(BaseModel):
+    """One finished picture, as ``url`` or as ``b64_json``."""
+
+    url: str | None = None
+    b64_json: str | None = None
+    seed: int = Field(description="The seed that draws this picture again.")
+    timings: Timings = Field(description="Seconds in each stage and transfer.")
+
+
+class ImagesResponse(BaseModel):
+    """OpenAI's response to an image generation request."""
+
+    created: int = Field(description="Unix time in seconds.")
+    data: list[Picture]
+
+
+class Model(BaseModel):
+    """A served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix time in seconds at which this server began to serve it.")
+    owned_by: str = "ditrelay"
+
+
+class ModelList(BaseModel):
+    """All served models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(BaseModel):
+    """Whether every role is up and warm, and what each role still lacks."""
+
+    ready: bool
+    missing: dict[str, list[str]] = Field(description="Per role, the workers that are not up and why.")
+
+
+class Error(BaseModel):
+    """What is wrong and what is allowed instead."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(BaseModel):
+    """OpenAI's error form."""
+
+    error: Error

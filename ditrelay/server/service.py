@@ -1,0 +1,55 @@
+"""What the server says about itself: its model, its health, what there is."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+
+from ditrelay._version import __version__
+from ditrelay.server.context import Context, ContextDep
+from ditrelay.server.problem import RESPONSES
+from ditrelay.server.schemas import Health, Model, ModelList, Readiness
+
+router = APIRouter(tags=["service"])
+
+
+@router.get("/", include_in_schema=False)
+async def index(context: ContextDep) -> dict[str, str | list[str]]:
+    """Where to go from here."""
+    return {
+        "name": "ditrelay",
+        "version": __version__,
+        "model": context.model_name,
+        "docs": "/docs",
+        "endpoints": ["POST /v1/images/generations", "GET /v1/models", "GET /health", "GET /ready"],
+    }
+
+
+@router.get("/health")
+async def health() -> Health:
+    """The process lives; it may still be loading."""
+    return Health()
+
+
+@router.get("/ready", responses={503: {"model": Readiness, "description": "Not every role is up and warm."}})
+async def ready(context: ContextDep, response: Response) -> Readiness:
+    """Whether every role is up and warm."""
+    readiness = context.readiness()
+    response.status_code = 200 if readiness.ready else 503
+    return readiness
+
+
+@router.get("/v1/models")
+async def list_models(context: ContextDep) -> ModelList:
+    """The served models."""
+    return ModelList(data=[_model(context)])
+
+
+@router.get("/v1/models/{model_id:path}", responses=RESPONSES)
+async def get_model(model_id: str, context: ContextDep) -> Model:
+    """One served model."""
+    context.check_model(model_id)
+    return _model(context)
+
+
+def _model(context: Context) -> Model:
+    return Model(id=context.model_name, created=context.created)

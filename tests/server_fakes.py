@@ -1,0 +1,167 @@
+"""An engine that draws nothing, for the tests of the server, and a client for its application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import httpx
+import msgspec
+
+from ditrelay.errors import (
+    DitrelayError,
+    EngineClosed,
+    InvalidRequest,
+    QueueFull,
+    RequestCancelled,
+    RequestFailed,
+    StartupError,
+)
+from ditrelay.runtime.metrics import Timings
+from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.server.app import create_app
+
+DRAWN_SEED = 1234
+
+
+@dataclass(frozen=True)
+class FakeResult:
+    request_id: str
+    params: SamplingParams
+    media: bytes
+    media_type: str = "image/png"
+    timings: Timings = Timings(denoise=0.5, total=0.75)
+
+    @property
+    def seed(self) -> int:
+        return self.params.seed
+
+
+class FakeTicket:
+    """Ends by ``finish``; a prompt with ``[fail]`` or ``[bad size]`` fails, one with ``[wait]`` waits for a cancel."""
+
+    def __init__(self, request_id: str, params: SamplingParams) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.cancelled = False
+        self._ended = asyncio.get_running_loop().create_future()
+        if "[fail]" in params.prompt:
+            self._end(RequestFailed(request_id, "denoise on rank 0: out of memory"))
+        elif "[bad size]" in params.prompt:
+            self._end(InvalidRequest("height", "130 is not allowed; allowed: a multiple of 8"))
+        elif "[bug]" in params.prompt:
+            self._end(ZeroDivisionError("secret"))
+        elif "[wait]" not in params.prompt:
+            self.finish()
+
+    def finish(self) -> None:
+        media = f"PNG of {self.params.prompt} with {self.params.seed}".encode()
+        self._ended.set_result(FakeResult(self.request_id, self.params, media))
+
+    def close(self) -> None:
+        self._end(RequestFailed(self.request_id, "the engine is shut down"))
+
+    def cancel(self) -> None:
+        if not self._ended.done():
+            self.cancelled = True
+            self._end(RequestCancelled(self.request_id))
+
+    async def result(self, timeout: float | None = None) -> FakeResult:
+        return await asyncio.shield(self._ended)
+
+    def _end(self, error: Exception) -> None:
+        if not self._ended.done():
+            self._ended.set_exception(error)
+            self._ended.exception()  # a ticket that nobody waits for is no error
+
+
+@dataclass
+class FakeEngine:
+    """The interface of ``AsyncEngine``; ``loaded`` lets ``start`` return, or raise ``failure``."""
+
+    args: ServerArgs = field(default_factory=lambda: ServerArgs(served_model_name="tiny"))
+    media: str = "image"
+    max_queue: int = 256
+    failure: DitrelayError | None = None
+    loaded: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: bool = False
+    tickets: list[FakeTicket] = field(default_factory=list)
+    down: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def card(self) -> SimpleNamespace:
+        return SimpleNamespace(media=self.media)
+
+    async def start(self) -> None:
+        await self.loaded.wait()
+        if self.failure:
+            raise self.failure
+        if self.closed:
+            raise StartupError("the engine is shut down")
+
+    async def close(self) -> None:
+        self.closed = True
+        self.loaded.set()
+        for ticket in self.tickets:
+            ticket.close()
+
+    @property
+    def ready(self) -> bool:
+        return self.loaded.is_set() and not self.down and not self.closed
+
+    def status(self) -> SimpleNamespace:
+        roles = {0: "dit", 1: "dit", 2: "non_dit"}
+        workers = [SimpleNamespace(rank=rank, role=role, **self._state(rank)) for rank, role in roles.items()]
+        return SimpleNamespace(ready=self.ready, workers=workers)
+
+    async def submit(self, params: SamplingParams) -> FakeTicket:
+        if self.closed:
+            raise EngineClosed("the engine is closed")
+        if not params.prompt:
+            raise InvalidRequest("prompt", "must not be empty")
+        if params.height is not None and params.height % 8:
+            raise InvalidRequest("height", f"{params.height} is not allowed; allowed: a multiple of 8")
+        if len(self.tickets) >= self.max_queue:
+            raise QueueFull(self.max_queue, 7)
+        seed = DRAWN_SEED if params.seed is None else params.seed
+        ticket = FakeTicket(f"r{len(self.tickets)}", msgspec.structs.replace(params, seed=seed))
+        self.tickets.append(ticket)
+        return ticket
+
+    def _state(self, rank: int) -> dict[str, str | None]:
+        if rank in self.down:
+            return {"state": "down", "reason": self.down[rank]}
+        return {"state": "up" if self.loaded.is_set() else "starting", "reason": None}
+
+
+@asynccontextmanager
+async def running(engine: FakeEngine, *, loaded: bool = True) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application over ``engine`` whose lifespan runs."""
+    app = create_app(engine)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    client = httpx.AsyncClient(transport=transport, base_url="http://pictures.test:8000")
+    async with app.router.lifespan_context(app), client:
+        if loaded:
+            engine.loaded.set()
+            await settle()
+        yield client
+
+
+async def settle() -> None:
+    """Let tasks that can run, run."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def post(engine: FakeEngine, **body: object) -> httpx.Response:
+    """The answer to one image generation request on a fresh application over ``engine``."""
+
+    async def main() -> httpx.Response:
+        async with running(engine) as client:
+            return await client.post("/v1/images/generations", json=body)
+
+    return asyncio.run(main())

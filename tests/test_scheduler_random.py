@@ -1,0 +1,233 @@
+"""The scheduler under random fleets, orders of events and faults: what must hold after every single event."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from fleet_simulation import Faults, SimulatedFleet, request, topology
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ditrelay.runtime.ledger import Ledger
+from ditrelay.runtime.messages import CancelRequest, SchedulerEvent, Submit, Tick
+from ditrelay.runtime.request import RequestState
+from ditrelay.runtime.schedule_state import Record, Station
+from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig
+from ditrelay.runtime.topology import Topology
+
+CONFIG = dict(max_queue=5, transfer_timeout=20.0, stage_timeout=40.0, startup_timeout=60.0, max_pending_bytes=10)
+
+
+def records_at(ledger: Ledger) -> list[tuple[str, Record]]:
+    """Every live record once for each place where it is."""
+    places = [("queue", record) for record in ledger.queue]
+    places += [("way", record) for record in ledger.records.values() if record.on_the_way]
+    for unit in ledger.units.values():
+        for station in unit.stations.values():
+            for name in ("held", "waiting", "dispatched"):
+                places += [(name, record) for record in getattr(station, name)]
+    return [(name, record) for name, record in places if not record.state.ended]
+
+
+PLACE = {
+    RequestState.QUEUED: "queue",
+    RequestState.ENCODING: "dispatched",
+    RequestState.ENCODED: "held",
+    RequestState.TO_DIT: "way",
+    RequestState.DENOISING: "dispatched",
+    RequestState.DENOISED: "held",
+    RequestState.TO_DECODER: "way",
+    RequestState.DECODING: "dispatched",
+}
+
+
+def check_books(scheduler: Scheduler) -> None:
+    """Every count equals what it counts, every limit holds, every request is in one place."""
+    ledger = scheduler._ledger
+    live = [record for record in ledger.records.values() if not record.state.ended]
+    places = records_at(ledger)
+    assert sorted(r.number for _, r in places) == [r.number for r in live], "each request is in one place"
+    for place, record in places:
+        allowed = {PLACE[record.state]} if record.state in PLACE else {"waiting", "dispatched"}
+        assert place in allowed, f"{record.id} is {record.state} and {place}"
+    for record in ledger.records.values():
+        assert bool(record.dropping) == record.state.ended
+        assert all(unit.status == "up" for unit in record.holders())
+        assert set(record.holders()) >= record.dropping or record.state.ended
+    for unit in ledger.units.values():
+        assert unit.load == sum(r.at is not None and r.at.unit is unit for r in ledger.records.values())
+        for station in unit.stations.values():
+            check_station(ledger, station)
+    assert set(ledger.transfers._since) == {r for r in ledger.records.values() if r.on_the_way}
+    check_nothing_is_missed(scheduler)
+
+
+def check_station(ledger: Ledger, station: Station) -> None:
+    records = ledger.records.values()
+    assert len(station.dispatched) <= 2
+    assert (station in ledger.stages._since) == bool(station.dispatched)
+    assert station.reserved == sum(r.reserved is station for r in records)
+    assert station.kept == sum(r.nbytes for r in records if r.source is station)
+    assert station.free == sum(edge.window - edge.used for edge in station.out.values() if edge.usable)
+    for edge in station.out.values():
+        users = [record for record in records if record.edge is edge]
+        assert edge.used == len(users) <= edge.window
+        assert edge.nbytes == sum(record.nbytes for record in users) <= edge.max_bytes
+
+
+def check_nothing_is_missed(scheduler: Scheduler) -> None:
+    """Whatever could be dispatched or sent has been."""
+    ledger, flow = scheduler._ledger, scheduler._flow
+    assert not ledger.queue or flow._free_encoder() is None
+    for unit in ledger.units.values():
+        for station in unit.stations.values():
+            may_dispatch = len(station.dispatched) < 2 and station.may_produce and station.stage != "encode"
+            assert not (station.waiting and may_dispatch), f"{station.stage} of unit {unit.leader} idles"
+            for record in station.held[:1]:
+                edge = flow._way_home(record, station) or flow._free_edge(record, station)
+                assert edge is None or not edge.fits(record.nbytes), f"{record.id} could be sent"
+
+
+def check_all_is_given_back(scheduler: Scheduler, fleet: SimulatedFleet) -> None:
+    snapshot, ledger = scheduler.snapshot(), scheduler._ledger
+    assert not ledger.records and not ledger.queue
+    assert snapshot.kept_bytes == snapshot.zombies == 0
+    assert all(unit.load == unit.reserved == unit.dispatched == unit.held == 0 for unit in snapshot.units)
+    assert all(edge.used == edge.nbytes == 0 for edge in snapshot.edges)
+    assert all(unit.bound == 0 for unit in ledger.units.values())
+    left = {rank: list(worker.residents) for rank, worker in fleet.workers.items() if worker.residents}
+    assert not left, f"workers still have {left}"
+
+
+@dataclass
+class Run:
+    """One random run of one fleet."""
+
+    fleet: SimulatedFleet
+    scheduler: Scheduler
+    now: float = 0.0
+    submitted: int = 0
+
+    def feed(self, event: SchedulerEvent) -> None:
+        self.fleet.perform(self.scheduler.on_event(event, self.now))
+        check_books(self.scheduler)
+
+    def submit(self) -> None:
+        self.feed(Submit(request(f"r{self.submitted}")))
+        self.submitted += 1
+
+    def step(self) -> bool:
+        """One random thing that can happen without a client or a fault. False: nothing can."""
+        fleet, choose = self.fleet, self.fleet.random
+        ready, moves = fleet.ready_events(), fleet.moves()
+        self.now += choose.random() * 0.1
+        if ready and (not moves or choose.random() < 0.5):
+            self.feed(fleet.events[choose.choice(ready)].popleft())
+        elif moves:
+            fleet.make(choose.choice(moves))
+        return bool(ready or moves)
+
+    def trouble(self, crashes: float, cancels: float) -> None:
+        fleet, choose = self.fleet, self.fleet.random
+        if choose.random() < crashes and fleet.workers:
+            rank = choose.choice(sorted(fleet.workers))
+            fleet.crash(rank, choose.randint(0, len(fleet.events[rank])))
+        if choose.random() < cancels and self.submitted:
+            reason = choose.choice([None, "not done in time"])
+            self.feed(CancelRequest(f"r{choose.randrange(self.submitted)}", reason))
+        if choose.random() < 0.05:
+            self.feed(Tick())
+
+    def settle(self) -> None:
+        """Healthy from now on: every request must end, whatever hangs now."""
+        self.fleet.faults = Faults()
+        for _ in range(200):
+            while self.step():
+                pass
+            if not self.scheduler._ledger.records:
+                return
+            self.now += 7.0
+            self.feed(Tick())
+        raise AssertionError(f"requests never ended: {self.scheduler!r}")
+
+    def check_ends(self) -> None:
+        ends = Counter({request_id: len(finishes) for request_id, finishes in self.fleet.finished.items()})
+        ends.update(self.fleet.rejected)
+        assert ends == {f"r{number}": 1 for number in range(self.submitted)}
+
+
+SPLIT = st.lists(st.sampled_from([("n", 1), ("n", 2), ("n", 3)]), min_size=1, max_size=3).flatmap(
+    lambda replicas: st.sampled_from(
+        [
+            [*replicas, ("ed", 1)],
+            [*replicas, ("ed", 1), ("ed", 1)],
+            [*replicas, ("e", 1), ("d", 1)],
+            [*replicas, ("e", 1), ("e", 1), ("d", 1), ("d", 1)],
+            [*replicas, ("e", 1), ("ed", 1)],
+        ]
+    )
+)
+OTHER = st.sampled_from(
+    [
+        [("end", 1)],
+        [("end", 2), ("end", 1)],
+        [("en", 1), ("en", 2), ("d", 1)],
+        [("e", 1), ("nd", 1), ("nd", 2)],
+        [("end", 1), ("n", 1), ("ed", 1)],
+    ]
+)
+TOPOLOGIES = st.one_of(SPLIT, OTHER).map(lambda units: topology(*units))
+CHANCE = st.sampled_from([0.0, 0.0, 0.02, 0.1])
+FAULTS = st.builds(Faults, CHANCE, CHANCE, CHANCE, CHANCE, CHANCE, CHANCE)
+CONFIGS = st.builds(
+    lambda window, lock_step, attempts, restarts: SchedulerConfig(
+        max_pending_transfers=window, lock_step=lock_step, max_attempts=attempts, max_restarts=restarts, **CONFIG
+    ),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(1, 4),
+    st.sampled_from([0, 2, 100]),
+)
+SEEDS = st.integers(0, 2**32)
+RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def start(shape: Topology, config: SchedulerConfig, seed: int) -> Run:
+    fleet = SimulatedFleet(shape, config, seed, payload_bytes=12 if seed % 4 == 0 else 6)
+    run = Run(fleet, Scheduler(shape, config))
+    fleet.perform(run.scheduler.start(0.0))
+    return run
+
+
+@settings(RELAXED, max_examples=150)
+@given(TOPOLOGIES, CONFIGS, SEEDS)
+def test_a_healthy_fleet_finishes_every_request_in_every_order(shape: Topology, config: SchedulerConfig, seed: int):
+    run = start(shape, config, seed)
+    run.fleet.payload_bytes = 6
+    for _ in range(12):
+        run.submit()
+        for _ in range(run.fleet.random.randint(0, 60)):
+            run.step()
+    run.settle()
+    run.check_ends()
+    assert {finish.outcome for ends in run.fleet.finished.values() for finish in ends} <= {"done"}
+    assert run.scheduler.ready
+    check_all_is_given_back(run.scheduler, run.fleet)
+
+
+@settings(RELAXED, max_examples=400)
+@given(TOPOLOGIES, CONFIGS, SEEDS, FAULTS, CHANCE, CHANCE)
+def test_every_request_ends_once_and_everything_comes_back_whatever_fails(
+    shape: Topology, config: SchedulerConfig, seed: int, faults: Faults, crashes: float, cancels: float
+):
+    run = start(shape, config, seed)
+    run.fleet.faults = faults
+    for _ in range(12):
+        run.submit()
+        for _ in range(run.fleet.random.randint(0, 60)):
+            run.step()
+            run.trouble(crashes / 4, cancels)
+    run.settle()
+    run.check_ends()
+    check_all_is_given_back(run.scheduler, run.fleet)

@@ -1,0 +1,186 @@
+"""``serve``: one socket, signals, exit codes, log lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from server_fakes import FakeEngine
+
+from ditrelay.errors import ConfigError, StartupError, UnsupportedModel
+from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.server.app import listen, serve
+
+ADDRESS = "/v1/images/generations"
+
+
+@pytest.fixture(autouse=True)
+def restored_loggers(monkeypatch):
+    loggers = [logging.getLogger(name) for name in ("ditrelay", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")]
+    levels = {logger: logger.level for logger in [logging.root, *loggers]}
+    monkeypatch.setattr(logging.root, "handlers", [])
+    yield
+    for logger, level in levels.items():
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Serve ``engine`` in this thread while ``client`` runs in another; then send ``number`` to end the server."""
+
+    def run(engine: FakeEngine, client: Callable[[httpx.Client], None], number: int = signal.SIGTERM) -> int:
+        monkeypatch.setitem(sys.modules, "ditrelay.engine", SimpleNamespace(AsyncEngine=lambda args: engine))
+        with listen("127.0.0.1", 0) as free:
+            port = free.getsockname()[1]
+
+        def act() -> None:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
+                wait_until(lambda: is_up(http))
+                try:
+                    client(http)
+                finally:
+                    os.kill(os.getpid(), number)
+
+        with ThreadPoolExecutor(1) as pool:
+            acting = pool.submit(act)
+            code = serve(ServerArgs(port=port, served_model_name="tiny"))
+            acting.result(10)
+        return code
+
+    return run
+
+
+def is_up(http: httpx.Client) -> bool:
+    try:
+        return http.get("/health").status_code == 200
+    except httpx.ConnectError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "waited 10 s in vain"
+        time.sleep(0.01)
+
+
+def loaded_engine() -> FakeEngine:
+    engine = FakeEngine()
+    engine.loaded.set()
+    return engine
+
+
+def house_lines(capsys) -> list[str]:
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert all(re.match(r"\[(INFO|WARNING|ERROR)\] \S", line) for line in lines), err
+    return lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_code_0_and_plain_log_lines(run, capsys, number):
+    def client(http: httpx.Client) -> None:
+        wait_until(lambda: http.get("/ready").status_code == 200)
+        assert http.post(ADDRESS, json={"prompt": "a cat"}).status_code == 200
+
+    engine = loaded_engine()
+    assert run(engine, client, number) == 0
+    assert engine.closed
+    lines = house_lines(capsys)
+    assert [re.sub(r"[\d.]+ s$|\d+$", "#", line) for line in lines] == [
+        "[INFO] Listening on http://127.0.0.1:#",
+        "[INFO] POST /v1/images/generations -> 200 in #",
+        "[INFO] Shutting down",
+    ]
+
+
+def test_a_signal_while_the_model_loads_ends_it_at_once_and_is_no_failure(run, capsys):
+    def client(http: httpx.Client) -> None:
+        assert http.get("/ready").status_code == 503
+
+    assert run(FakeEngine(), client) == 0
+    assert not [line for line in house_lines(capsys) if line.startswith("[ERROR]")]
+
+
+def test_requests_that_run_at_the_end_are_answered_with_503(run):
+    engine = loaded_engine()
+    answers: list[Future[httpx.Response]] = []
+    pool = ThreadPoolExecutor(1)
+
+    def client(http: httpx.Client) -> None:
+        wait_until(lambda: http.get("/ready").status_code == 200)
+        answers.append(pool.submit(httpx.post, f"{http.base_url}{ADDRESS}", json={"prompt": "[wait]"}))
+        wait_until(lambda: bool(engine.tickets))
+
+    assert run(engine, client) == 0
+    answer = answers[0].result(10)
+    pool.shutdown()
+    assert answer.status_code == 503
+    assert answer.json()["error"]["message"] == "the server is shutting down"
+
+
+def test_a_connection_that_is_cut_cancels_its_request(run):
+    engine = loaded_engine()
+
+    def client(http: httpx.Client) -> None:
+        wait_until(lambda: http.get("/ready").status_code == 200)
+        with pytest.raises(httpx.ReadTimeout):
+            http.post(ADDRESS, json={"prompt": "[wait]", "n": 2}, timeout=0.1)
+        wait_until(lambda: [ticket.cancelled for ticket in engine.tickets] == [True, True])
+
+    assert run(engine, client) == 0
+
+
+def test_a_client_that_sends_too_much_gets_its_answer_and_not_a_reset(run):
+    def client(http: httpx.Client) -> None:
+        assert http.post(ADDRESS, content=b" " * (4 << 20)).status_code == 413
+        assert http.get("/health").status_code == 200
+
+    assert run(loaded_engine(), client) == 0
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [(StartupError("rank 2 did not start: no memory"), 1), (ConfigError("--x", "bad"), 2)],
+)
+def test_an_engine_that_does_not_start_ends_it_with_one_line(monkeypatch, capsys, failure, code):
+    engine = FakeEngine(failure=failure)
+    engine.loaded.set()
+    monkeypatch.setitem(sys.modules, "ditrelay.engine", SimpleNamespace(AsyncEngine=lambda args: engine))
+    assert serve(ServerArgs(port=0)) == code
+    errors = [line for line in house_lines(capsys) if line.startswith("[ERROR]")]
+    assert errors == [f"[ERROR] the engine did not start: {failure}"]
+    assert engine.closed
+
+
+def test_a_model_that_is_not_supported_is_one_line_and_code_2(monkeypatch, capsys):
+    def refuse(args: ServerArgs) -> FakeEngine:
+        raise UnsupportedModel("it has no transformer")
+
+    monkeypatch.setitem(sys.modules, "ditrelay.engine", SimpleNamespace(AsyncEngine=refuse))
+    assert serve(ServerArgs(port=0)) == 2
+    assert house_lines(capsys) == ["[ERROR] --model-path: it has no transformer"]
+
+
+def test_a_taken_port_is_one_line_and_code_2(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert serve(ServerArgs(port=port)) == 2
+    assert house_lines(capsys) == [f"[ERROR] --port: {port} is taken on 127.0.0.1; choose another, or 0 for a free one"]
+
+
+@pytest.mark.parametrize("host", ["203.0.113.7", "no such host", "a..b"])
+def test_an_address_that_is_not_ours_names_the_flag(host):
+    with pytest.raises(ConfigError, match="--host"):
+        listen(host, 0)

@@ -1,0 +1,117 @@
+"""Health, readiness, models, the OpenAPI page, and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+
+import httpx
+import pytest
+from server_fakes import FakeEngine, running, settle
+
+from ditrelay.runtime.server_args import ServerArgs
+
+
+def get(address: str, engine: FakeEngine | None = None) -> httpx.Response:
+    async def main() -> httpx.Response:
+        async with running(engine or FakeEngine()) as client:
+            return await client.get(address)
+
+    return asyncio.run(main())
+
+
+def test_health_answers_while_the_model_loads_and_ready_follows_the_workers():
+    async def main() -> None:
+        engine = FakeEngine()
+        async with running(engine, loaded=False) as client:
+            assert (await client.get("/health")).json() == {"status": "ok"}
+            loading = await client.get("/ready")
+            assert loading.status_code == 503
+            assert loading.json() == {
+                "ready": False,
+                "missing": {"dit": ["rank 0 is starting", "rank 1 is starting"], "non_dit": ["rank 2 is starting"]},
+            }
+
+            engine.loaded.set()
+            await settle()
+            up = await client.get("/ready")
+            assert (up.status_code, up.json()) == (200, {"ready": True, "missing": {}})
+
+            engine.down[1] = "killed by signal 9"
+            lost = await client.get("/ready")
+            assert lost.status_code == 503
+            assert lost.json()["missing"] == {"dit": ["rank 1 is down (killed by signal 9)"]}
+            assert (await client.get("/health")).status_code == 200
+
+            del engine.down[1]
+            assert (await client.get("/ready")).status_code == 200
+
+    asyncio.run(main())
+
+
+def test_ready_names_the_engine_where_every_worker_is_up_but_not_warm():
+    class Cold(FakeEngine):
+        ready = False
+
+    response = get("/ready", Cold())
+    assert (response.status_code, response.json()["missing"]) == (503, {"engine": ["warming up"]})
+
+
+def test_the_engine_is_closed_at_the_end_also_while_it_starts():
+    async def main(loaded: bool) -> bool:
+        engine = FakeEngine()
+        async with running(engine, loaded=loaded):
+            pass
+        return engine.closed
+
+    assert asyncio.run(main(loaded=True))
+    assert asyncio.run(main(loaded=False))
+
+
+@pytest.mark.parametrize("name", ["tiny", "builtin:emoji", "black-forest-labs/FLUX.1-dev", "/models/mine"])
+def test_the_served_model_is_listed_and_found_under_any_name(name):
+    engine = FakeEngine(args=ServerArgs(served_model_name=name))
+    [model] = get("/v1/models", engine).json()["data"]
+    assert (model["id"], model["object"], model["owned_by"]) == (name, "model", "ditrelay")
+    assert get(f"/v1/models/{name}", FakeEngine(args=engine.args)).json()["id"] == name
+
+
+def test_the_root_says_what_there_is():
+    assert get("/").json()["model"] == "tiny"
+    assert get("/docs").status_code == 200
+
+
+def test_the_openapi_page_describes_what_is_really_sent():
+    page = get("/openapi.json").json()
+    post = page["paths"]["/v1/images/generations"]["post"]
+    assert set(post["responses"]) == {"200", "4XX", "5XX"}
+    request, answer = page["components"]["schemas"]["ImageGenerationRequest"], page["components"]["schemas"]["Picture"]
+    assert request["additionalProperties"] is False
+    assert request["required"] == ["prompt"]
+    assert {"seed", "timings", "url", "b64_json"} == set(answer["properties"])
+    assert "HTTPValidationError" not in page["components"]["schemas"]
+    assert set(page["paths"]) == {
+        "/v1/images/generations",
+        "/v1/files/{file_id}",
+        "/v1/models",
+        "/v1/models/{model_id}",
+        "/health",
+        "/ready",
+    }
+
+
+def test_each_request_is_one_log_line_whatever_its_path(caplog):
+    with caplog.at_level(logging.INFO, logger="ditrelay"):
+        get("/v1/a%0Ab")
+        get("/health")
+    lines = [record.getMessage() for record in caplog.records if record.name == "ditrelay.server.middleware"]
+    assert len(lines) == 1
+    assert lines[0].startswith("GET /v1/a%0Ab -> 404 in ")
+
+
+def test_the_server_starts_without_torch():
+    heavy = "{'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    check = [sys.executable, "-c", f"import sys, ditrelay.server.app; sys.exit(bool({heavy}))"]
+    assert subprocess.run(check, timeout=60).returncode == 0
