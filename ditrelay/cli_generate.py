@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ditrelay.cli_progress import Display, LiveDisplay, PlainDisplay
 from ditrelay.cli_report import print_report
-from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest, QueueFull
+from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest, QueueFull, RequestFailed
 from ditrelay.runtime import logs
 from ditrelay.runtime.request import SamplingParams
 from ditrelay.runtime.server_args import ServerArgs
@@ -72,15 +72,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Run:
-    """All outcomes in the order of the jobs; ``overlap`` is a share of the run, ``seconds`` without the start."""
+    """What became of ``asked`` requests.
 
+    Attributes:
+        asked: number of requests; those without an outcome were cut short.
+        outcomes: in the order of the jobs.
+        seconds: from the first submission to the last end.
+        overlap: share of the working time during which at least two stages computed.
+    """
+
+    asked: int
     outcomes: tuple[Outcome, ...]
     seconds: float
     overlap: float
 
     @property
     def exit_code(self) -> int:
-        return 1 if any(outcome.error is not None for outcome in self.outcomes) else 0
+        return 0 if sum(outcome.error is None for outcome in self.outcomes) == self.asked else 1
 
 
 def default_engine(settings: ServerArgs) -> Engine:
@@ -105,16 +113,17 @@ def generate(settings: ServerArgs, order: Order, make_engine: EngineFactory = de
     jobs = [Job(i, *pair) for i, pair in enumerate(zip(resolved, _paths(engine.card, order, resolved), strict=True))]
     console = Console(stderr=True)
     display = LiveDisplay(console) if console.is_terminal else PlainDisplay(sys.stderr)
+    runner = _Runner(engine, jobs, display)
     try:
         with display.starting(engine, settings.num_gpus):
             logs.configure(settings.log_level)
             engine.start()
         with display.running([job.params.prompt for job in jobs]):
-            run = _Runner(engine, jobs, display).run()
+            runner.run()
     finally:
         engine.close(timeout=_CLOSE_SECONDS)
-    print_report(run)
-    return run
+        print_report(runner.report())
+    return runner.report()
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -224,19 +233,25 @@ class _Runner:
     def __init__(self, engine: Engine, jobs: list[Job], display: Display) -> None:
         self._engine = engine
         self._display = display
+        self._asked = len(jobs)
         self._waiting = deque(jobs)
         self._running: dict[str, tuple[Job, Ticket]] = {}
         self._outcomes: list[Outcome] = []
         self._events: queue.SimpleQueue[Progress] = queue.SimpleQueue()
+        self._began = self._ended = time.monotonic()
 
-    def run(self) -> Run:
-        began = time.monotonic()
+    def run(self) -> None:
+        """Until every job has ended. An exception (Ctrl-C) cancels those that have not."""
+        self._began = time.monotonic()
         with self._cancelling():
             while self._waiting or self._running:
                 self._submit()
                 self._follow()
+
+    def report(self) -> Run:
+        """What has ended so far."""
         outcomes = tuple(sorted(self._outcomes, key=lambda outcome: outcome.job.index))
-        return Run(outcomes, time.monotonic() - began, self._engine.overlap())
+        return Run(self._asked, outcomes, self._ended - self._began, self._engine.overlap())
 
     @contextlib.contextmanager
     def _cancelling(self) -> Iterator[None]:
@@ -280,6 +295,8 @@ class _Runner:
             result.save(job.path)
         except QueueFull:
             self._waiting.append(job)
+        except RequestFailed as error:
+            self._end(Outcome(job, error=error.reason))
         except (DitrelayError, OSError) as error:
             self._end(Outcome(job, error=str(error)))
         else:
@@ -287,5 +304,6 @@ class _Runner:
 
     def _end(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)
+        self._ended = time.monotonic()
         seconds = outcome.result.timings.total if outcome.result else 0.0
         self._display.ended(outcome.job.index, seconds, outcome.error)

@@ -116,11 +116,14 @@ class LiveDisplay:
 
     def render(self) -> RenderableType:
         """One line per request, as many as fit, and a count of all."""
-        table = Table.grid(padding=(0, 2, 0, 0), expand=False)
-        table.add_column(justify="right", style="dim", no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", max_width=max(16, self._console.width // 2 - 8))
-        table.add_column(no_wrap=True, min_width=21)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        number, state, gap = len(str(len(self._rows))), max(map(len, LABELS.values())), 2
+        room = self._console.width - number - state - 3 * gap
+        title = min(max(len(row.title) for row in self._rows), room * 3 // 5)
+        table = Table.grid(padding=(0, gap, 0, 0))
+        table.add_column(justify="right", style="dim", width=number)
+        table.add_column(no_wrap=True, overflow="ellipsis", width=title)
+        table.add_column(no_wrap=True, width=state)
+        table.add_column(no_wrap=True, overflow="ellipsis", max_width=room - title)
         for index in self._shown():
             row = self._rows[index]
             label = Text(LABELS[row.state], style=_STYLES.get(row.state, "cyan"))

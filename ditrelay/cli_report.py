@@ -14,23 +14,23 @@ from ditrelay.cli_progress import printable
 
 if TYPE_CHECKING:
     from ditrelay.cli_generate import Outcome, Run
+    from ditrelay.engine import Result
 
 # A pipe has no width of its own; what reads it may be wide.
 _PIPE_COLUMNS = 120
+_LEAST_PROMPT = 6
 
-# heading, field of Timings
-_COLUMNS = (
-    ("queued", "queued"),
-    ("encode", "encode"),
-    ("to DiT", "to_dit"),
-    ("wait", "wait_dit"),
-    ("denoise", "denoise"),
-    ("to dec.", "to_decoder"),
-    ("wait", "wait_decoder"),
-    ("decode", "decode"),
-    ("exposed", "exposed_transfer"),
-    ("total", "total"),
-)
+# heading -> fields of Timings, added up
+_COLUMNS = {
+    "waiting": ("queued", "wait_dit", "wait_decoder"),
+    "encode": ("encode",),
+    "to DiT": ("to_dit",),
+    "denoise": ("denoise",),
+    "to dec.": ("to_decoder",),
+    "decode": ("decode",),
+    "exposed": ("exposed_transfer",),
+    "total": ("total",),
+}
 
 
 def print_report(run: Run, console: Console | None = None) -> None:
@@ -39,7 +39,7 @@ def print_report(run: Run, console: Console | None = None) -> None:
     if not console.is_terminal:
         console = Console(file=console.file, width=_PIPE_COLUMNS)
     if any(outcome.result for outcome in run.outcomes):
-        console.print(report_table(run))
+        console.print(report_table(run, console.width))
         console.print(Text(summary(run)))
     for outcome in run.outcomes:
         if outcome.error is not None:
@@ -50,30 +50,40 @@ def print_report(run: Run, console: Console | None = None) -> None:
         console.print(Text(f"wrote {_files(files)}"), soft_wrap=True)
 
 
-def report_table(run: Run) -> Table:
-    """One row per request that was done; times in seconds.
+def report_table(run: Run, width: int) -> Table:
+    """One row per request that was done; times in seconds. The prompts take what ``width`` columns leave them.
 
-    ``exposed`` is the part of a transfer to the DiT that a free replica waited for.
+    ``waiting``: in the queue, for a replica, for a decoder. ``to DiT``, ``to dec.``: the transfers. ``exposed``: the
+    part of the transfer to the DiT that a free replica waited for.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.title, table.title_justify = "seconds per request", "left"
-    table.add_column("#", justify="right", style="dim", no_wrap=True)
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis", min_width=8, ratio=1)
-    table.add_column("seed", justify="right", no_wrap=True)
-    for heading, _ in _COLUMNS:
-        table.add_column(heading, justify="right", no_wrap=True, style="bold" if heading == "total" else None)
-    for outcome in run.outcomes:
-        if outcome.result is not None:
-            times = (f"{getattr(outcome.result.timings, name):.3f}" for _, name in _COLUMNS)
-            table.add_row(str(outcome.job.index + 1), Text(_title(outcome)), str(outcome.result.seed), *times)
+    rows = [_cells(outcome.result) for outcome in run.outcomes if outcome.result]
+    headings = ("seed", *_COLUMNS)
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    number_width = len(str(len(run.outcomes)))
+    room = width - number_width - sum(widths) - len(widths) - 1
+    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, title="seconds per request", title_justify="left")
+    table.add_column("#", justify="right", style="dim", width=number_width)
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=max(_LEAST_PROMPT, room))
+    for heading, column_width in zip(headings, widths, strict=True):
+        style = "bold" if heading == "total" else None
+        table.add_column(heading, justify="right", no_wrap=True, style=style, width=column_width)
+    done = (outcome for outcome in run.outcomes if outcome.result)
+    for outcome, cells in zip(done, rows, strict=True):
+        table.add_row(str(outcome.job.index + 1), Text(_title(outcome)), *cells)
     return table
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    timings = result.timings.as_dict()
+    times = (sum(timings[name] for name in names) for names in _COLUMNS.values())
+    return str(result.seed), *(f"{seconds:.3f}" for seconds in times)
 
 
 def summary(run: Run) -> str:
     """One line: how many, how fast, and how much of the time stages overlapped."""
     done = sum(outcome.result is not None for outcome in run.outcomes)
     return (
-        f"{done} of {len(run.outcomes)} done in {run.seconds:.2f} s, {done / run.seconds:.2f} requests/s; "
+        f"{done} of {run.asked} done in {run.seconds:.2f} s, {done / max(run.seconds, 1e-9):.2f} requests/s; "
         f"stages overlapped for {run.overlap:.0%} of the working time"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -54,6 +55,7 @@ class Engine:
         self.topology = Topology.build(args)
         check_parallel(self.card, args.sp_degree, args.tp_size)
         self._warm = False
+        self._closing = threading.Event()
         self._log = RequestLog(self.topology)
         self._controller: Controller | None = None
 
@@ -71,8 +73,10 @@ class Engine:
         device_type = resolve_device(self.args)
         launcher = LocalLauncher(device_type, _preload(self.card))
         self._controller = Controller(self.args, self.card, self.topology, launcher, device_type, self._log)
-        self._controller.start()
         try:
+            if self._closing.is_set():
+                raise EngineClosed("the engine was closed while it started")
+            self._controller.start()
             self._await_start(self._controller)
         except BaseException:
             self.close()
@@ -103,6 +107,7 @@ class Engine:
 
     def close(self, timeout: float = SHUTDOWN_SECONDS) -> None:
         """End all workers; requests that are not done fail. May be called twice."""
+        self._closing.set()
         if self._controller is not None:
             self._controller.stop(timeout)
         self._log.close("the engine is shut down")

@@ -20,8 +20,9 @@ from rich.console import Console
 from ditrelay import __version__, doctor
 from ditrelay.cli import main
 from ditrelay.cli_flags import normalise
-from ditrelay.cli_generate import slug
+from ditrelay.cli_generate import Job, Outcome, Run, slug
 from ditrelay.cli_progress import LiveDisplay, PlainDisplay
+from ditrelay.cli_report import report_table
 from ditrelay.engine import EngineStatus, Progress, Result, Ticket
 from ditrelay.errors import QueueFull, RequestCancelled, RequestFailed, StartupError
 from ditrelay.models.card import load_card
@@ -294,7 +295,7 @@ def test_one_failed_request_does_not_stop_the_others(run: Callable[..., Ran], tm
     ran = run("generate", "a cat", "[fail] a dog", "a fox")
     assert ran.code == 1
     assert sorted(os.listdir(tmp_path / "ditrelay-output")) == ["1-a-cat.png", "3-a-fox.png"]
-    assert "failed 2: [fail] a dog: request r2 failed: the stage broke" in ran.out
+    assert "failed 2: [fail] a dog: the stage broke" in ran.out
     assert "2 of 3 done" in ran.out
 
 
@@ -310,10 +311,22 @@ def test_file_that_cannot_be_written_is_a_failed_request(run: Callable[..., Ran]
 
 def test_report_shows_stages_transfers_overlap_and_rate(run: Callable[..., Ran]) -> None:
     ran = run("generate", "a cat", "a dog", "--seed", "3")
-    for heading in ("prompt", "seed", "queued", "encode", "to DiT", "denoise", "to dec.", "decode", "exposed", "total"):
+    for heading in ("prompt", "seed", "waiting", "encode", "to DiT", "denoise", "to dec.", "decode", "exposed"):
         assert heading in ran.out
     for value in ("0.250", "0.004", "1.500", "0.125", "1.900", "requests/s", "overlapped for 42%"):
         assert value in ran.out
+
+
+def test_report_fits_eighty_columns_and_shows_every_number() -> None:
+    params = SamplingParams(prompt="a red apple on a blue background", seed=2**31 - 1)
+    jobs = [Job(i, params, Path("x.png")) for i in range(12)]
+    outcomes = [Outcome(job, result_of("r", params)) for job in jobs]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(report_table(Run(12, tuple(outcomes), 1.0, 0.5), 80))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    row = next(line for line in lines if "2147483647" in line)
+    assert row.split()[-8:] == ["0.000", "0.250", "0.004", "1.500", "0.000", "0.125", "0.000", "1.900"]
+    assert len(row) <= 80 and "a red" in row
 
 
 def test_pipe_gets_short_lines_without_control_characters(run: Callable[..., Ran]) -> None:
@@ -360,6 +373,7 @@ def test_ctrl_c_cancels_what_runs_and_exits_130_soon(run: Callable[..., Ran], tm
     ran = run("generate", "a cat", "[hang] a dog")
     assert ran.code == 130 and time.monotonic() - began < 5
     assert ran.engine is not None and ran.engine.cancelled == ["r2"] and ran.engine.closed
+    assert "1 of 2 done" in ran.out and "wrote ditrelay-output/1-a-cat.png" in ran.out
 
 
 def test_cancelled_request_counts_as_failed(run: Callable[..., Ran]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
-import os
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,71 +11,113 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from ditrelay.errors import ConfigError
-from ditrelay.models.card import check_parallel, load_card
+from ditrelay.models.adapter import StageAdapter
+from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import PRELOAD, LoadSpec, load_adapter
+from ditrelay.models.quirks import FAMILIES
+from ditrelay.runtime.payloads import State
 from ditrelay.runtime.request import Request, SamplingParams
 
-_SECONDS = 90.0
-_WORLD = 2
+WORLD = 2
+SECONDS = 120.0
+TINY = {family.name: family for family in FAMILIES if family.name in tiny_models.BUILDERS}
+WITH_ULYSSES = tuple(name for name, family in TINY.items() if "ulysses" in family.parallel)
+WITH_TP = tuple(name for name, family in TINY.items() if "tp" in family.parallel)
 
 
-def _latents(folder: str, *, sp: int = 1, tp: int = 1, steps_before_abandon: int | None = None) -> torch.Tensor | None:
-    """Latents of a request whose 31 text-and-image tokens per side do not divide by the degree."""
-    torch.set_num_threads(1)
-    card = load_card(folder)
-    encoder = load_adapter(LoadSpec(card=card, roles=frozenset({"encode"})))
-    adapter = load_adapter(LoadSpec(card=card, roles=frozenset({"denoise"}), sp=sp, tp=tp))
-    params = SamplingParams(prompt="a red chair", height=20, width=36, num_inference_steps=3, seed=5)
-    requests = [Request(request_id="r", params=card.resolve(params))]
-    session = adapter.begin(requests, encoder.encode(requests))
+def _request(card: ModelCard) -> Request:
+    """Small, with an odd number of image tokens where the family allows it: two ranks get unequal parts."""
+    side = 3 * card.size_multiple
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (200, 50, 50)).save(file, "PNG")
+    params = SamplingParams(
+        prompt="a red chair",
+        height=side,
+        width=side,
+        num_frames=1 if card.media == "image" else 2 * card.frame_multiple + 1,
+        num_inference_steps=3,
+        seed=5,
+        image=file.getvalue() if card.needs_image else None,
+    )
+    return Request(request_id="r", params=card.resolve(params))
+
+
+def _denoise(adapter: StageAdapter, request: Request, state: State, *, stop_after: int | None = None) -> torch.Tensor:
+    """The latents; an empty tensor where the request is abandoned after ``stop_after`` steps."""
+    session = adapter.begin([request], state)
     while adapter.step(session):
-        if session.steps_done == steps_before_abandon:
+        if session.steps_done == stop_after:
             adapter.abandon(session)
-            return None
-    value = adapter.finish(session)["latents"].value
-    assert isinstance(value, torch.Tensor)
-    return value
+            return torch.empty(0)
+    latents = adapter.finish(session)["latents"].value
+    assert isinstance(latents, torch.Tensor)
+    return latents
 
 
-def _rank(rank: int, port: int, folder: str, out: str) -> None:
-    store = dist.TCPStore("127.0.0.1", port, _WORLD, rank == 0, timedelta(seconds=_SECONDS))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=_WORLD, timeout=timedelta(seconds=_SECONDS))
-    result = {"sp": _latents(folder, sp=_WORLD), "tp": _latents(folder, tp=_WORLD)}
-    torch.save(result, os.path.join(out, f"rank{rank}.pt"))
+def _difference(folder: str, *, sp: int = 1, tp: int = 1) -> float:
+    """How far the latents of this rank's part of a parallel run are from those of a run alone."""
+    card = load_card(folder)
+    request = _request(card)
+    alone = load_adapter(LoadSpec(card=card, roles=frozenset({"encode", "denoise"})))
+    split = load_adapter(LoadSpec(card=card, roles=frozenset({"denoise"}), sp=sp, tp=tp))
+    state = alone.encode([request])
+    for step in (1, 2):
+        _denoise(split, request, state, stop_after=step)
+    return float((_denoise(split, request, state) - _denoise(alone, request, state)).abs().max())
+
+
+def _rank(rank: int, port: int, root: str, out: str) -> None:
+    torch.set_num_threads(1)
+    patience = timedelta(seconds=SECONDS)
+    store = dist.TCPStore("127.0.0.1", port, WORLD, rank == 0, patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=patience)
+    with torch.no_grad():
+        differences = {f"sp {name}": _difference(f"{root}/{name}", sp=WORLD) for name in WITH_ULYSSES}
+        differences |= {f"tp {name}": _difference(f"{root}/{name}", tp=WORLD) for name in WITH_TP}
+    torch.save(differences, f"{out}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def tiny_flux(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_models.build("flux", tmp_path_factory.getbasetemp() / "tiny"))
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def test_two_ranks_give_the_latents_of_one(tiny_flux: str, tmp_path: Path) -> None:
+def differences(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Per rank: the largest difference of each family and kind. One start of two processes for all of them."""
+    root, out = tmp_path_factory.getbasetemp() / "tiny", tmp_path_factory.mktemp("parallel")
+    for name in {*WITH_ULYSSES, *WITH_TP}:
+        tiny_models.build(name, root)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
-    port = _free_port()
-    ranks = [context.Process(target=_rank, args=(rank, port, tiny_flux, str(tmp_path))) for rank in range(_WORLD)]
+    port = dist.TCPStore("127.0.0.1", 0, is_master=True).port  # closed at once: free for the ranks
+    ranks = [context.Process(target=_rank, args=(rank, port, str(root), str(out))) for rank in range(WORLD)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(_SECONDS)
+        process.join(SECONDS)
         if process.is_alive():
             process.kill()
-            pytest.fail(f"a rank did not end within {_SECONDS} s")
-    assert [process.exitcode for process in ranks] == [0] * _WORLD
-    alone = _latents(tiny_flux)
-    assert alone is not None
-    for rank in range(_WORLD):
-        result = torch.load(tmp_path / f"rank{rank}.pt", weights_only=True)
-        assert (result["sp"] - alone).abs().max() < 1e-5
-        assert (result["tp"] - alone).abs().max() < 1e-5
+            pytest.fail(f"a rank did not end within {SECONDS} s")
+    assert [process.exitcode for process in ranks] == [0] * WORLD
+    return [_load(out / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+def _load(path: Path) -> dict[str, float]:
+    result: dict[str, float] = torch.load(path, weights_only=True)
+    return result
+
+
+@pytest.mark.parametrize("kind", [f"sp {name}" for name in WITH_ULYSSES] + [f"tp {name}" for name in WITH_TP])
+def test_two_ranks_give_the_latents_of_one_also_after_cancels(differences: list[dict[str, float]], kind: str) -> None:
+    assert all(rank[kind] < 1e-5 for rank in differences)
+
+
+def test_a_family_without_a_plan_is_refused_naming_those_that_have_one() -> None:
+    card = load_card("builtin:emoji")
+    check_parallel(card, 1, 1)
+    with pytest.raises(ConfigError, match=r"--sp-degree: z-image .* flux, .*wan"):
+        check_parallel(card, 2, 1)
+    with pytest.raises(ConfigError, match=r"--tp-size: z-image .* flux, .*qwen-image"):
+        check_parallel(card, 1, 2)
+    with pytest.raises(ConfigError, match="--tp-size.*combined with --sp-degree"):
+        check_parallel(card, 2, 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -13,7 +14,7 @@ import transformers
 from safetensors import SafetensorError
 
 from ditrelay.errors import UnsupportedModel
-from ditrelay.models.folder import ModelFolder, check_component
+from ditrelay.models.folder import LIBRARIES, ModelFolder, check_component
 from ditrelay.models.parallel import enable_parallel
 from ditrelay.models.quirks import ATTENTION_BACKENDS
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LIBRARIES = ("diffusers", "transformers")  # a class from anywhere else is code that came with the model
 _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
 
@@ -50,6 +50,11 @@ class ComponentStore:
             self._loaded[name] = component
         return self._loaded[name]
 
+    def needed_by(self, specs: Iterable[Any]) -> list[str]:
+        """Of diffusers' component specs, those to be loaded from the folder; the others are made from a config."""
+        names = self._folder.components
+        return [spec.name for spec in specs if spec.name in names or spec.default_creation_method == "from_pretrained"]
+
     def stand_in(self, name: str) -> Any:
         """The component's class and config without its weights (they are on the meta device).
 
@@ -63,9 +68,9 @@ class ComponentStore:
         if name not in self._folder.components:
             raise UnsupportedModel(f"{self._folder.path / 'model_index.json'} names no {name}, which this model needs")
         library, class_name = self._folder.components[name]
-        cls = getattr(importlib.import_module(library), class_name, None) if library in _LIBRARIES else None
+        cls = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
         if cls is None:
-            raise UnsupportedModel(f"{name} is a {library}.{class_name}, which the installed {_LIBRARIES} don't have")
+            raise UnsupportedModel(f"{name} is a {library}.{class_name}, which the installed {library} does not have")
         return cls
 
     def _load(self, name: str) -> Any:
@@ -89,7 +94,7 @@ class ComponentStore:
         set_attention(transformer, self._spec.attention_backend, self._device)
         enable_parallel(transformer, sp=self._spec.sp, tp=self._spec.tp, device=self._device)
         if self._spec.torch_compile:
-            transformer.compile_repeated_blocks()
+            compile_blocks(transformer)
 
 
 def set_attention(transformer: Any, backend: str, device: torch.device) -> None:
@@ -110,6 +115,14 @@ def set_attention(transformer: Any, backend: str, device: torch.device) -> None:
         if name == "native" and name != candidates[0]:
             logger.warning("--attention-backend %s is not available here; using torch's own attention", backend)
         return
+
+
+def compile_blocks(transformer: Any) -> None:
+    """Compile one block for all its likes; the whole module where diffusers names no such blocks (SD3, CogVideoX)."""
+    if transformer._repeated_blocks:
+        transformer.compile_repeated_blocks()
+    else:
+        transformer.compile()
 
 
 def quiet_libraries() -> None:

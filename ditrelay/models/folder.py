@@ -16,6 +16,8 @@ from ditrelay.models.quirks import BUILTINS
 
 BUILTIN_PREFIX = "builtin:"
 
+LIBRARIES = ("diffusers", "transformers")  # a class from anywhere else is code that came with the model
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NO_WEIGHTS = ("scheduler", "tokenizer", "processor", "feature_extractor", "image_processor", "video_processor")
 _CONFIG_NAMES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -45,7 +47,9 @@ class ModelFolder:
 
     def check(self) -> None:
         """Raise ``UnsupportedModel``, naming the file, for the first thing missing or damaged in any component."""
-        for name in self.components:
+        for name, (library, class_name) in self.components.items():
+            if library not in LIBRARIES:
+                raise UnsupportedModel(f"{name} is a {library}.{class_name}; code that comes with a model is not run")
             check_component(self.path / name)
 
 
@@ -88,15 +92,19 @@ def _download(repo_id: str) -> Path:
 
 def read_json(path: Path) -> Mapping[str, Any]:
     """Raises ``UnsupportedModel``, naming the file, where there is no JSON object in it."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UnsupportedModel(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} can't be read: {error}") from error
+    content = _parse_json(path)
     if not isinstance(content, dict):
         raise UnsupportedModel(f"{path} is not a JSON object")
     return content
+
+
+def _parse_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UnsupportedModel(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} is damaged: {error}") from error
 
 
 def check_component(folder: Path) -> None:
@@ -107,6 +115,8 @@ def check_component(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise UnsupportedModel(f"the component folder {folder} is missing")
+    for path in sorted(folder.glob("*.json")):
+        _parse_json(path)
     if folder.name.startswith(_NO_WEIGHTS):
         if not any((folder / name).is_file() for name in (*_CONFIG_NAMES, "tokenizer.json")):
             raise UnsupportedModel(f"{folder} has no config; one of {', '.join(_CONFIG_NAMES)} is needed")

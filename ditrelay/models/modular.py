@@ -77,7 +77,10 @@ class ModularAdapter:
         return ModularSession(driver, blocks_state)
 
     def step(self, session: DenoiseSession) -> bool:
-        return _own(session).driver.step()
+        try:
+            return _own(session).driver.step()
+        finally:
+            self._timestep.value = None
 
     def finish(self, session: DenoiseSession) -> State:
         session = _own(session)
@@ -103,10 +106,12 @@ class ModularAdapter:
 
         Built with the class of the full pipeline: diffusers would guess another one from the first block.
         """
+        blocks = self._stages[role].blocks
+        held = {name: components.get(name) for name in components.needed_by(blocks.expected_components)}
         pipeline_class = getattr(diffusers, self._family.modular_class)
-        pipeline = pipeline_class(blocks=self._stages[role].blocks, pretrained_model_name_or_path=path)
-        for name in pipeline.pretrained_component_names:
-            setattr(pipeline, name, components.get(name))
+        pipeline = pipeline_class(blocks=blocks, pretrained_model_name_or_path=path)
+        for name, component in held.items():
+            setattr(pipeline, name, component)
         for name in _STAND_INS:
             if name not in pipeline.component_names:
                 setattr(pipeline, name, components.stand_in(name))

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
-from diffusers.hooks import context_parallel
+from diffusers.hooks import context_parallel, tensor_parallel
 from diffusers.models._modeling_parallel import TensorParallelConfig
 
 
@@ -29,17 +29,20 @@ def enable_parallel(transformer: Any, *, sp: int, tp: int, device: torch.device)
     )
     if device.type == "cpu":
         context_parallel._all_gather_anything = _gather_by_padding
-    with _countable_accelerator(device):
+    with _cpu_allowed(device):
         transformer.enable_parallelism(config=config)
 
 
 @contextmanager
-def _countable_accelerator(device: torch.device) -> Iterator[None]:
-    """diffusers divides by the number of accelerators, which is 0 on a CPU-only machine."""
-    if device.type == "cpu":
-        with mock.patch.object(torch.accelerator, "device_count", return_value=1):
-            yield
-    else:
+def _cpu_allowed(device: torch.device) -> Iterator[None]:
+    """diffusers divides by the number of accelerators, which is 0 without one, and refuses tensor parallelism there."""
+    if device.type != "cpu":
+        yield
+        return
+    with (
+        mock.patch.object(torch.accelerator, "device_count", return_value=1),
+        mock.patch.object(tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",)),
+    ):
         yield
 
 

@@ -184,6 +184,7 @@ FAMILIES: tuple[Family, ...] = (
         exact_timestep=True,
     ),
     Family(
+        # no ulysses: its _cp_plan fails on the attention mask, which has one row for each of all the heads
         name="ltx",
         pipeline_classes=("LTXPipeline",),
         modular_class="LTXModularPipeline",
@@ -193,7 +194,6 @@ FAMILIES: tuple[Family, ...] = (
         width=704,
         num_frames=161,
         guidance=Guidance(default=3.0, via="guider", negative="", always_negative=True),
-        parallel=("ulysses",),
     ),
     Family(
         name="cogvideox",

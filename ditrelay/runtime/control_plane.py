@@ -19,6 +19,7 @@ import zmq
 
 from ditrelay.runtime.messages import Command, LogLine, WorkerEvent
 
+RECONNECT_MS = 20
 _ENVELOPE = struct.Struct("<II")
 
 
@@ -58,7 +59,9 @@ class HeadSockets:
         socket = self._context.socket(zmq.PUSH)
         socket.set_hwm(0)
         socket.setsockopt(zmq.LINGER, 0)
-        socket.bind(commands_address(self._run_dir, rank, incarnation))
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        # The head connects and the worker binds: a connecting socket queues what is sent before its peer is there.
+        socket.connect(commands_address(self._run_dir, rank, incarnation))
         self._commands[rank] = socket
 
     def close_rank(self, rank: int) -> None:
@@ -95,7 +98,7 @@ class WorkerSockets:
         self._context = zmq.Context()
         self.commands = self._context.socket(zmq.PULL)
         self.commands.set_hwm(0)
-        self.commands.connect(commands_address(run_dir, rank, incarnation))
+        self.commands.bind(commands_address(run_dir, rank, incarnation))
         self._events = self._context.socket(zmq.PUSH)
         self._events.set_hwm(0)
         self._events.connect(events_address(run_dir))

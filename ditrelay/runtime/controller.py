@@ -105,6 +105,8 @@ class Controller:
         self._poller = zmq.Poller()
         self._poller.register(self._sockets.events, zmq.POLLIN)
         self._poller.register(self._wake, zmq.POLLIN)
+        self._wake_lock = threading.Lock()
+        self._ended = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self.status = self._make_status()
@@ -115,15 +117,23 @@ class Controller:
         self._thread.start()
 
     def post(self, event: Submit | CancelRequest) -> None:
-        """Hand an event of a client to the loop."""
+        """Hand an event of a client to the loop; after the loop's end nothing happens."""
         self._inbox.put(event)
-        os.eventfd_write(self._wake, 1)
+        self._wake_up()
 
     def stop(self, timeout: float) -> None:
-        """End all workers and the loop; the processes are gone on return."""
+        """End all workers and the loop; the processes are gone on return. May be called again."""
         self._stopping.set()
-        os.eventfd_write(self._wake, 1)
-        self._thread.join(timeout)
+        self._wake_up()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+        elif not self._ended:
+            self._end_workers()  # it never started: there are only sockets to close
+
+    def _wake_up(self) -> None:
+        with self._wake_lock:
+            if not self._ended:
+                os.eventfd_write(self._wake, 1)
 
     # ------------------------------------------------------------ the loop
 
@@ -145,6 +155,7 @@ class Controller:
             self._fail_startup(f"the engine's control loop failed: {error}")
         finally:
             self._end_workers()
+            self._fail_startup("the engine is shut down")
             self._log.close("the engine is shut down")
 
     def _wait(self, until: float) -> None:
@@ -298,7 +309,7 @@ class Controller:
 
     def _worker_status(self, rank: int) -> WorkerStatus:
         process = self._processes.get(rank)
-        state = self._scheduler.worker_state(rank)
+        state = self._scheduler.worker_state(rank) if rank in self._incarnations else "starting"
         return WorkerStatus(
             rank=rank,
             role=role_name(self.topology.roles_of(rank)),
@@ -321,7 +332,9 @@ class Controller:
         self._processes.clear()
         self._sockets.flush_and_close(0.0)
         shutil.rmtree(self._run_dir, ignore_errors=True)
-        os.close(self._wake)
+        with self._wake_lock:
+            self._ended = True
+            os.close(self._wake)
 
 
 def scheduler_config(args: ServerArgs) -> SchedulerConfig:

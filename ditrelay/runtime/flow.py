@@ -8,7 +8,7 @@ made and keeps its reservation. Two stages of one unit are joined by a local edg
 
 from __future__ import annotations
 
-from ditrelay.runtime.ledger import Ledger
+from ditrelay.runtime.ledger import Ledger, at_worker, computed, on_edge, sign_of_life
 from ditrelay.runtime.messages import (
     Decode,
     Decoded,
@@ -56,17 +56,17 @@ class Flow:
             ledger.accept(request)
 
     def started(self, event: Started) -> None:
-        found = self._ledger.at_worker(event.rank, event.request_id, event.stage)
+        found = at_worker(self._ledger, event.rank, event.request_id, event.stage)
         if found is not None:
             record, station = found
             station.running = record
-            self._ledger.sign_of_life(station)
+            sign_of_life(self._ledger, station)
             self._begin(record, station)
 
     def step_done(self, event: StepDone) -> None:
-        found = self._ledger.at_worker(event.rank, event.request_id, "denoise")
+        found = at_worker(self._ledger, event.rank, event.request_id, "denoise")
         if found is not None:
-            self._ledger.sign_of_life(found[1])
+            sign_of_life(self._ledger, found[1])
 
     def encoded(self, event: Encoded) -> None:
         self._made(event, "encode")
@@ -83,7 +83,7 @@ class Flow:
             self._ledger.forget(record)
 
     def received(self, event: Received) -> None:
-        record = self._ledger.on_edge(event)
+        record = on_edge(self._ledger, event)
         if record is None:
             return
         assert record.edge is not None
@@ -103,12 +103,12 @@ class Flow:
     def _completed(self, rank: int, request_id: str, stage: Stage) -> tuple[Record, Station] | None:
         """Takes a live request off its station; the copy that its input was made from is not needed any more."""
         ledger = self._ledger
-        found = ledger.at_worker(rank, request_id, stage)
+        found = at_worker(ledger, rank, request_id, stage)
         if found is None:
             return None
         record, station = found
         self._begin(record, station)
-        ledger.computed(record, station)
+        computed(ledger, record, station)
         if record.state.ended:
             return None
         if record.source is not None:

@@ -149,6 +149,7 @@ class Ledger:
             discard(record.at.waiting, record)
         elif record.source is not None:
             discard(record.source.held, record)
+            self.dirty[record.source] = None  # those behind it may go
         else:
             discard(self.queue, record)
 
@@ -161,38 +162,6 @@ class Ledger:
             record.home.bound -= 1
             self.dirty[record.home.stations["encode"]] = None
             record.home = None
-
-    # ------------------------------------------------------------ events find their request
-
-    def at_worker(self, rank: int, request_id: str, stage: Stage) -> tuple[Record, Station] | None:
-        """The record, live or zombie, if that stage of it is dispatched to ``rank``."""
-        record = self.records.get(request_id)
-        if record is None or not record.dispatched:
-            return None
-        station = record.at
-        assert station is not None
-        return (record, station) if station.leader == rank and station.stage == stage else None
-
-    def on_edge(self, event: Received | TransferRejected) -> Record | None:
-        """The record, live or zombie, whose present transfer the event is about; ``None`` for one that is over."""
-        record = self.records.get(event.request_id)
-        if record is None or record.edge is None or not record.on_the_way or record.seq != event.seq:
-            return None
-        edge = record.edge
-        known = edge.src.leader == event.src and edge.dst.leader == event.rank and edge.generation == event.generation
-        return record if known else None
-
-    def computed(self, record: Record, station: Station) -> None:
-        """The worker is done with that stage of it, in whatever way."""
-        if station.running is record:
-            station.running = None
-        self.sign_of_life(station)
-
-    def sign_of_life(self, station: Station) -> None:
-        """A stage's deadline counts from its last news; before it starts, from the last news of its whole unit."""
-        for other in station.unit.stations.values():
-            if other.dispatched and (other is station or other.running is None):
-                self.stages.start(other, self.now)
 
     # ------------------------------------------------------------ what requests hold
 
@@ -294,3 +263,40 @@ class Ledger:
             self.unreserve(record)
         if record.source is not None and record.source.unit is unit:
             self.unkeep(record)
+
+
+# ---------------------------------------------------------------- what an event is about
+
+
+def at_worker(ledger: Ledger, rank: int, request_id: str, stage: Stage) -> tuple[Record, Station] | None:
+    """The record, live or zombie, if that stage of it is dispatched to ``rank``."""
+    record = ledger.records.get(request_id)
+    if record is None or not record.dispatched:
+        return None
+    station = record.at
+    assert station is not None
+    return (record, station) if station.leader == rank and station.stage == stage else None
+
+
+def on_edge(ledger: Ledger, event: Received | TransferRejected) -> Record | None:
+    """The record, live or zombie, whose present transfer the event is about; ``None`` for one that is over."""
+    record = ledger.records.get(event.request_id)
+    if record is None or record.edge is None or not record.on_the_way or record.seq != event.seq:
+        return None
+    edge = record.edge
+    known = edge.src.leader == event.src and edge.dst.leader == event.rank and edge.generation == event.generation
+    return record if known else None
+
+
+def computed(ledger: Ledger, record: Record, station: Station) -> None:
+    """The worker is done with that stage of it, in whatever way."""
+    if station.running is record:
+        station.running = None
+    sign_of_life(ledger, station)
+
+
+def sign_of_life(ledger: Ledger, station: Station) -> None:
+    """A stage's deadline counts from its last news; before it starts, from the last news of its whole unit."""
+    for other in station.unit.stations.values():
+        if other.dispatched and (other is station or other.running is None):
+            ledger.stages.start(other, ledger.now)

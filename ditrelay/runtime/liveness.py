@@ -174,7 +174,8 @@ class Liveness:
             limit = ledger.config.startup_timeout
             self._kill(unit_late, f"it was not up {limit:g} s after its start (--startup-timeout)")
         while (edge := self._openings.due(now)) is not None:
-            self._fail_edge(edge, f"it did not open within {self._openings.timeout:g} s (--dist-timeout)")
+            limit = ledger.config.transfer_timeout
+            self._fail_edge(edge, f"it did not open within {limit:g} s (--dist-timeout)")
         while (moving := ledger.transfers.due(now)) is not None:
             self._transfer_late(moving)
         while (station := ledger.stages.due(now)) is not None:
@@ -184,8 +185,9 @@ class Liveness:
 
     def _transfer_late(self, record: Record) -> None:
         assert record.edge is not None
+        limit = self._ledger.config.transfer_timeout
         what = f"transfer #{record.seq} of request {record.id}"
-        self._fail_edge(record.edge, f"{what} did not arrive within {self._openings.timeout:g} s (--dist-timeout)")
+        self._fail_edge(record.edge, f"{what} did not arrive within {limit:g} s (--dist-timeout)")
 
     def _stage_hung(self, station: Station) -> None:
         """The request that hangs fails, as it would hang again; the others of the unit are set back."""

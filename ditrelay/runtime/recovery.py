@@ -6,7 +6,7 @@ held there is struck when the holder answers or is lost, never before.
 
 from __future__ import annotations
 
-from ditrelay.runtime.ledger import Ledger
+from ditrelay.runtime.ledger import Ledger, at_worker, computed, on_edge
 from ditrelay.runtime.messages import (
     CancelRequest,
     Drop,
@@ -35,6 +35,8 @@ _ORDER = list(RequestState)
 
 
 class Recovery:
+    """Takes the events that end a request or lose what it had; ``liveness`` says which units and edges are lost."""
+
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
@@ -50,18 +52,18 @@ class Recovery:
             self.fail(record, event.reason)
 
     def stage_failed(self, event: StageFailed) -> None:
-        found = self._ledger.at_worker(event.rank, event.request_id, event.stage)
+        found = at_worker(self._ledger, event.rank, event.request_id, event.stage)
         if found is None:
             return
         record, station = found
-        self._ledger.computed(record, station)
+        computed(self._ledger, record, station)
         if not record.state.ended:
             finish = Finish(record.id, "failed", event.reason, event.invalid_param)
             self.end(record, finish, freed=station.unit)
 
     def rejected(self, event: TransferRejected) -> None:
         """The receiver has freed its part; the source still has the payload."""
-        record = self._ledger.on_edge(event)
+        record = on_edge(self._ledger, event)
         if record is None:
             return
         edge = record.edge
@@ -138,10 +140,16 @@ class Recovery:
     def role_lost(self, stage: Stage, reason: str) -> None:
         """No unit will ever compute ``stage`` again: whoever still needs it fails."""
         self._ledger.lost_roles.setdefault(stage, reason)
-        made = _ORDER.index(STATES[stage].made)
         for record in list(self._ledger.records.values()):
-            if not record.state.ended and _ORDER.index(record.state) < made:
-                self.fail(record, reason)
+            if not record.state.ended and (hopeless := self._hopeless(record.state)) is not None:
+                self.fail(record, hopeless)
+
+    def _hopeless(self, state: RequestState) -> str | None:
+        """Why a request in ``state`` can never be done: a stage that it still needs is lost."""
+        for stage, reason in self._ledger.lost_roles.items():
+            if _ORDER.index(state) < _ORDER.index(STATES[stage].made):
+                return reason
+        return None
 
     def _set_back(self, record: Record, cause: str, doing: str) -> None:
         """To its payload where there still is one, else to the front of the queue."""
@@ -151,13 +159,14 @@ class Recovery:
             ledger.out.append(Release(record.at.leader, record.id))
             ledger.strike(record, record.at.unit)
         record.attempts += 1
-        if record.attempts >= ledger.config.max_attempts:
+        state = RequestState.QUEUED if record.source is None else record.source.states.made
+        if (hopeless := self._hopeless(state)) is not None:
+            self.fail(record, hopeless)
+        elif record.attempts >= ledger.config.max_attempts:
             self.fail(record, f"{cause} while {doing} ({record.attempts} attempts)")
         elif record.source is not None:
-            ledger.move(record, record.source.states.made)
+            ledger.move(record, state)
             ledger.reserve(record, record.source)
             ledger.hold(record)
-        elif "encode" in ledger.lost_roles:
-            self.fail(record, ledger.lost_roles["encode"])
         else:
             ledger.requeue(record)

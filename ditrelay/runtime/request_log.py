@@ -159,8 +159,7 @@ class RequestLog:
             entries, self._entries = list(self._entries.values()), {}
             self._queued = 0
         for entry in entries:
-            error = RequestFailed(entry.request.request_id, reason)
-            entry.ticket.fail(error, RequestState.FAILED, time.monotonic())
+            entry.ticket.fail(EngineClosed(reason), RequestState.FAILED, time.monotonic())
 
     # ------------------------------------------------------------ inside
 

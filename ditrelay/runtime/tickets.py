@@ -96,7 +96,8 @@ class Ticket:
 
     def cancel(self) -> None:
         """Ask for the end; ``result`` then raises ``RequestCancelled`` unless the request was faster."""
-        self._cancel(self.request_id)
+        if not self.future.done():
+            self._cancel(self.request_id)
 
     def events(self) -> Iterator[Progress]:
         """Every change from the submission on; waits for the next and ends with the request."""

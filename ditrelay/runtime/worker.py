@@ -20,7 +20,7 @@ import torch.distributed as dist
 import zmq
 
 from ditrelay.models.adapter import StageAdapter
-from ditrelay.models.loading import LoadSpec, load_adapter
+from ditrelay.models.loading import LoadSpec, load_adapter, resolve_dtype
 from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.replica import ReplicaLeader, ReplicaPeer
 from ditrelay.runtime.communication.store import connect_store, replica_prefix
@@ -54,8 +54,7 @@ def run_worker(spec: WorkerSpec) -> None:
     threading.Thread(target=worker.load, name="load", daemon=True).start()
     worker.obey()
     sockets.close(LINGER_SECONDS)
-    # Threads that libraries left behind must not hold the process: everything that matters is flushed.
-    os._exit(worker.exit_code)
+    sys.exit(worker.exit_code)
 
 
 def _log_to_head(spec: WorkerSpec, sockets: WorkerSockets) -> None:
@@ -108,7 +107,7 @@ class Worker:
             card=self.spec.card,
             roles=self.roles,
             device=str(self.device),
-            dtype=args.dtype,
+            dtype=resolve_dtype(args.dtype, str(self.device)),
             attention_backend=args.attention_backend,
             torch_compile=args.enable_torch_compile,
             sp=self.unit.sp,
@@ -153,7 +152,7 @@ class Worker:
         spec, timeout = self.spec, self.spec.args.dist_timeout
 
         def connect(edge: Edge, generation: int) -> Transport:
-            # A store client of its own: one that waits holds its connection, and edges are made side by side.
+            # A store client of its own: one that waits for a key is locked, and edges are made side by side.
             store = connect_store(spec.store_host, spec.store_port, timeout)
             return TorchTransport.connect(store, edge, generation, spec.rank, device=self.device, timeout=timeout)
 

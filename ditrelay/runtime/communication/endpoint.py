@@ -5,6 +5,7 @@ Everything that transports have in common is here (order, deadlines, failure, cl
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
@@ -65,7 +66,11 @@ class Link(Protocol):
         ...
 
     def disconnect(self) -> None:
-        """On the edge's thread, once, after the last ``move``: let go of the connection, so that the peer notices."""
+        """On the edge's thread, after the last ``move``: let go of the connection. May be called twice.
+
+        After a ``move`` that failed it is called while the tensors are still held, since the backend may use them until
+        then.
+        """
         ...
 
 
@@ -152,6 +157,7 @@ class Endpoint:
         try:
             self._link.move(job, time.monotonic() + self._timeout)
         except LinkDown as error:
+            self._link.disconnect()
             reason = f"not complete within {self._timeout:g} s (--dist-timeout)" if error.timed_out else str(error)
             job.work.finish(_failure(job.work, reason, timed_out=error.timed_out))
             self._shut(reason)
@@ -173,9 +179,10 @@ class Endpoint:
             work.finish(_failure(work, f"the edge is down: {reason}"))
 
 
-def first_line(error: Exception) -> str:
-    """torch appends a C++ stack trace to what went wrong."""
-    return str(error).partition("\n")[0]
+def essence(error: Exception) -> str:
+    """What went wrong, without torch's source position before it and its advice and C++ stack trace behind."""
+    line = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
+    return line.partition(". This is typically")[0]
 
 
 def _failure(work: Work, reason: str, *, timed_out: bool = False) -> TransferError:

@@ -8,10 +8,10 @@ import time
 import torch
 from torch._C._distributed_c10d import Store
 
-from ditrelay.runtime.communication.endpoint import Job, LinkDown, first_line
+from ditrelay.runtime.communication.endpoint import Job, LinkDown, essence
 from ditrelay.runtime.communication.raw_group import RawGroup, nccl_group
 
-# Our own deadline comes first; the watchdog's only ends what our thread could not.
+# Our own deadline comes first, whatever the watchdog is told to do at its own.
 _WATCHDOG_FACTOR = 3.0
 _FIRST_PAUSE = 20e-6
 _LONGEST_PAUSE = 1e-3
@@ -20,12 +20,13 @@ _LONGEST_PAUSE = 1e-3
 class NcclLink:
     """A raw two-rank NCCL group.
 
-    The thread never blocks in CUDA or NCCL: it puts the transfer on the edge's stream and looks for the event behind
-    it, so a peer that died or stands still can be given up at the deadline by aborting the communicator (which also
-    ends the kernel that waits on the GPU).
+    Once the communicator is made (at the first transfer), the thread does not block in CUDA or NCCL: it puts a transfer
+    on the edge's stream and looks for the event behind it, so a peer that died or stands still can be given up at the
+    deadline by aborting the communicator (which also ends the kernel that waits on the GPU).
 
-    NCCL's watchdog reads what it does about an error from the environment of the process
-    (``TORCH_NCCL_ASYNC_ERROR_HANDLING``; its default ends the whole process), so the launcher sets that.
+    Nobody else may abort the communicator: the kernel would end, and a transfer that failed would look complete. NCCL's
+    watchdog reads what it does about an error from the environment of the process, and by default ends the process; so
+    the launcher sets ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0``.
 
     Args:
         meeting: the edge's store.
@@ -51,16 +52,13 @@ class NcclLink:
         try:
             self._complete(self._post(job), deadline)
         except RuntimeError as error:
-            self.disconnect()
-            raise LinkDown(first_line(error)) from error
-        except LinkDown:
-            self.disconnect()  # before the tensors are let go of: the kernel that waits may still write to them
-            raise
+            raise LinkDown(essence(error)) from error
 
     def interrupt(self) -> None:
         self._interrupted.set()
 
     def disconnect(self) -> None:
+        """Takes about half a second where a kernel is waiting for the peer."""
         group, self._group = self._group, None
         if group is not None:
             group.abort()

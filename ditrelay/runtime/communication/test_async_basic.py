@@ -245,11 +245,10 @@ def run_check(ranks: Ranks, number: int, run: Callable[[Ranks, DisaggCommunicato
     """What went wrong on this rank; empty if nothing did."""
     try:
         with all_edges(ranks, number) as comm:
-            try:
-                run(ranks, comm)
-            finally:
-                exchange(ranks, f"finished/{number}", "")  # nobody closes an edge that another rank still uses
+            run(ranks, comm)
+            exchange(ranks, f"finished/{number}", "")  # nobody closes an edge that another rank still uses
     except (DitrelayError, RuntimeError, AssertionError) as error:
+        ranks.store.set(f"finished/{number}/{ranks.rank}", "")
         return f"{type(error).__name__}: {error}"
     return ""
 

@@ -14,7 +14,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from ditrelay.errors import TransferError, TransferTimeout
-from ditrelay.runtime.communication.endpoint import Endpoint, Job, Link, LinkDown, first_line
+from ditrelay.runtime.communication.endpoint import Endpoint, Job, Link, LinkDown, essence
 from ditrelay.runtime.communication.nccl_link import NcclLink
 from ditrelay.runtime.communication.raw_group import RawGroup, gloo_group
 from ditrelay.runtime.communication.store import edge_prefix
@@ -101,7 +101,7 @@ class GlooLink:
             works = [post([view], 1 - self._end, tag) for view in job.views]
             complete = [work.wait(_remaining(deadline)) for work in works]
         except RuntimeError as error:
-            raise LinkDown(first_line(error), timed_out=time.monotonic() >= deadline) from error
+            raise LinkDown(essence(error), timed_out=time.monotonic() >= deadline) from error
         if not all(complete):
             raise LinkDown("gloo gave the transfer up")
 
@@ -119,5 +119,5 @@ def _remaining(deadline: float) -> timedelta:
 
 def _not_connected(edge: Edge, generation: int, error: Exception, *, timed_out: bool) -> TransferError:
     kind = TransferTimeout if timed_out else TransferError
-    reason = f"the edge (generation {generation}) could not be set up (--dist-timeout): {first_line(error)}"
+    reason = f"the edge (generation {generation}) could not be set up (--dist-timeout): {essence(error)}"
     return kind(str(edge), reason)

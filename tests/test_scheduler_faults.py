@@ -1,0 +1,456 @@
+"""The scheduler when things go wrong: lost workers and edges, failed stages, cancels, deadlines."""
+
+from __future__ import annotations
+
+import pytest
+from fleet_simulation import header, request
+from scheduler_desk import Desk
+
+from ditrelay.runtime.messages import (
+    CloseEdge,
+    Denoise,
+    Drop,
+    EdgeFailed,
+    EdgeUp,
+    Encode,
+    Encoded,
+    Expect,
+    Finish,
+    Kill,
+    OpenEdge,
+    Release,
+    Send,
+    Spawn,
+    StepDone,
+)
+from ditrelay.runtime.request import RequestState
+
+S = RequestState
+ONE_AND_ONE = (("n", 1), ("ed", 1))
+TWO_AND_ONE = (("n", 1), ("n", 1), ("ed", 1))
+SPLIT = (("n", 1), ("e", 1), ("d", 1))
+
+
+# ---------------------------------------------------------------- lost units
+
+
+def test_a_lost_replica_sends_its_requests_back_to_the_kept_conditioning():
+    desk = Desk(*TWO_AND_ONE)
+    desk.bring("a", S.DENOISING)
+    assert desk.rank_of("a") == 0
+    desk.down(0)
+    assert desk.of(Send) == [Send(2, "a", 1, 1, 0)]
+    assert not desk.of(Encode)
+    assert desk.record("a").attempts == 1
+
+
+def test_without_another_replica_the_conditioning_is_held_until_one_is_back():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.DENOISING)
+    desk.down(0)
+    assert desk.state("a") is S.ENCODED
+    desk.wait(1.0)
+    assert desk.actions == [Spawn(0)]
+    desk.bring_up(0)
+    assert desk.of(Send, desk.log)[-1] == Send(1, "a", 0, 2, 0)
+
+
+def test_a_request_whose_payload_is_lost_goes_to_the_front_of_the_queue():
+    desk = Desk(*SPLIT, max_queue=8)
+    desk.bring("a", S.TO_DIT)
+    desk.submit("b", "c", "d")
+    desk.down(1)
+    assert [record.id for record in desk.scheduler._ledger.queue] == ["a", "b", "c", "d"]
+    assert Release(0, "a") in desk.actions  # it may have arrived unseen
+    assert desk.used(1, 0) == 0
+
+
+def test_a_lost_source_does_not_matter_once_the_payload_has_arrived():
+    desk = Desk(*SPLIT)
+    desk.bring("a", S.AT_DIT)
+    desk.bring("b", S.DENOISING)
+    desk.down(1)
+    assert (desk.state("a"), desk.state("b")) == (S.AT_DIT, S.DENOISING)
+    assert desk.record("a").attempts == 0
+    desk.started("a", "denoise")
+    desk.denoised("b")
+    desk.denoised("a")
+    assert Release(1, "a") not in desk.log
+
+
+def test_a_lost_member_takes_its_whole_unit_down():
+    desk = Desk(("n", 3), ("ed", 1))
+    desk.down(1)
+    assert [kill.rank for kill in desk.of(Kill)] == [0, 2]
+    assert {(close.rank, close.src, close.dst) for close in desk.of(CloseEdge)} == {(3, 3, 0), (3, 0, 3)}
+    desk.wait(1.0)
+    assert desk.actions == [Spawn(0), Spawn(1), Spawn(2)]
+    assert desk.scheduler.worker_state(2) == "starting"
+
+
+def test_restarts_wait_longer_each_time_and_end():
+    desk = Desk(*TWO_AND_ONE, max_restarts=3)
+    for delay in (1.0, 2.0, 4.0):
+        desk.down(0)
+        desk.wait(delay - 0.1)
+        assert not desk.of(Spawn)
+        desk.wait(0.1)
+        assert desk.actions == [Spawn(0)]
+    desk.down(0)
+    desk.wait(200.0)
+    assert not desk.of(Spawn)
+    unit = desk.snapshot().units[0]
+    assert (unit.status, unit.restarts, unit.reason) == ("failed", 3, "worker 0 died (exit code -9)")
+    assert desk.scheduler.worker_state(0) == "down"
+
+
+def test_restarts_long_ago_do_not_count():
+    desk = Desk(*ONE_AND_ONE, max_restarts=1, restart_window=300.0)
+    for _ in range(3):
+        desk.down(0)
+        desk.wait(1.0)
+        assert desk.actions == [Spawn(0)]
+        desk.bring_up(0)
+        desk.wait(301.0)
+
+
+def test_a_request_that_is_set_back_too_often_fails_with_the_last_reason():
+    desk = Desk(*ONE_AND_ONE, max_attempts=2, max_restarts=9)
+    desk.bring("a", S.DENOISING)
+    desk.down(0)
+    desk.wait(1.0)
+    desk.bring_up(0)
+    desk.received("a")
+    desk.started("a", "denoise")
+    desk.down(0)
+    assert desk.reason("a") == "worker 0 died (exit code -9) while it was denoised (2 attempts)"
+    desk.dropped("a", 1)
+    assert desk.is_empty()
+
+
+def test_a_lost_role_fails_who_needs_it_and_only_those():
+    desk = Desk(*SPLIT, max_restarts=0)
+    desk.bring("past it", S.TO_DECODER)
+    desk.bring("at it", S.DENOISING)
+    desk.bring("before it", S.ENCODING)
+    desk.down(1)
+    assert desk.state("past it") is S.TO_DECODER
+    assert desk.state("at it") is S.DENOISING
+    assert "no rank is left for encode" in desk.reason("before it")
+    desk.submit("new")
+    assert "no rank is left for encode" in desk.reason("new")
+    assert desk.state("new") is None
+
+
+def test_who_falls_back_behind_a_lost_role_fails():
+    desk = Desk(*SPLIT, max_restarts=0)
+    desk.bring("a", S.DENOISING)
+    desk.down(1)
+    desk.down(0)
+    assert "no rank is left for encode" in desk.reason("a")
+    assert desk.is_empty()
+
+
+def test_words_of_a_lost_worker_that_cross_its_end_are_harmless():
+    desk = Desk(*TWO_AND_ONE)
+    desk.bring("a", S.DENOISING)
+    desk.down(0)
+    before = desk.snapshot()
+    desk.do(StepDone(0, "a", 3, 8, 0.0))
+    assert desk.actions == []
+    assert desk.snapshot() == before
+
+
+# ---------------------------------------------------------------- lost edges
+
+
+def test_a_failed_edge_is_closed_and_opened_under_a_new_generation():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.TO_DIT)
+    desk.edge_failed(1, 0)
+    closes, opens = desk.of(CloseEdge), desk.of(OpenEdge)
+    assert [(close.rank, close.generation) for close in closes] == [(1, 1), (0, 1)]
+    assert [(end.rank, end.generation) for end in opens] == [(1, 2), (0, 2)]
+    assert desk.actions.index(closes[1]) < desk.actions.index(Release(0, "a"))
+    assert desk.state("a") is S.ENCODED
+    desk.edges_up(opens)
+    assert desk.of(Send) == [Send(1, "a", 0, 2, 0)]
+
+
+def test_a_failed_edge_leaves_what_has_arrived_alone():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.AT_DIT)
+    desk.edge_failed(1, 0)
+    assert desk.state("a") is S.AT_DIT
+    assert desk.used(1, 0) == 1
+    desk.started("a", "denoise")
+    assert desk.used(1, 0) == 0
+
+
+def test_a_payload_goes_over_another_edge_when_its_own_fails():
+    desk = Desk(*TWO_AND_ONE)
+    desk.bring("a", S.TO_DIT)
+    desk.edge_failed(2, 0)
+    assert desk.of(Send) == [Send(2, "a", 1, 1, 0)]
+
+
+def test_events_of_an_older_generation_change_nothing():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.TO_DIT)
+    late = desk.received_event("a")
+    desk.edge_failed(1, 0)
+    before = desk.snapshot()
+    for event in (late, EdgeUp(1, 1, 0, 1), EdgeFailed(0, 1, 0, 1, "closed"), EdgeUp(0, 1, 0, 7)):
+        assert desk.do(event) == []
+    assert desk.snapshot() == before
+
+
+def test_an_edge_that_only_fails_takes_its_destination_down():
+    desk = Desk(*TWO_AND_ONE)
+    for _ in range(3):
+        desk.edge_failed(2, 0)
+        assert not desk.of(Kill)
+    desk.edge_failed(2, 0)
+    (kill,) = desk.of(Kill)
+    assert kill.rank == 0 and "edge 2->0 failed 4 times in a row" in kill.reason
+
+
+def test_a_transfer_in_between_forgives_an_edge():
+    desk = Desk(*ONE_AND_ONE)
+    for _ in range(3):
+        desk.edge_failed(1, 0)
+    desk.edges_up(desk.of(OpenEdge))
+    desk.bring("a", S.AT_DIT)
+    desk.edge_failed(1, 0)
+    assert not desk.of(Kill)
+
+
+def test_a_rejected_payload_is_sent_again_and_counts_as_an_attempt():
+    desk = Desk(*ONE_AND_ONE, max_attempts=3)
+    desk.bring("a", S.TO_DIT)
+    desk.rejected("a")
+    assert desk.of(Send) == [Send(1, "a", 0, 1, 1)]
+    assert not desk.of(Release)
+    desk.rejected("a")
+    desk.rejected("a")
+    assert "transfer 1->0 #2 was rejected (checksum differs)" in desk.reason("a")
+    desk.dropped("a", 1)
+    assert desk.is_empty()
+
+
+# ---------------------------------------------------------------- failed stages
+
+
+@pytest.mark.parametrize("stage, state", [("encode", S.ENCODING), ("denoise", S.DENOISING), ("decode", S.DECODING)])
+def test_a_failed_stage_fails_its_request_at_once_and_frees_the_rest(stage: str, state: RequestState):
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", state)
+    desk.stage_failed("a", stage, "prompt")
+    assert desk.of(Finish) == [Finish("a", "failed", "out of memory", "prompt")]
+    desk.dropped("a", *(drop.rank for drop in desk.of(Drop)))
+    assert desk.is_empty()
+    assert desk.state("a") is None
+
+
+def test_a_stage_that_fails_before_it_starts_returns_its_credit():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.AT_DIT)
+    desk.stage_failed("a", "denoise")
+    assert desk.of(Drop) == [Drop(1, "a")]
+    assert desk.used(1, 0) == 0
+    desk.dropped("a", 1)
+    assert desk.is_empty()
+
+
+# ---------------------------------------------------------------- cancel
+
+
+def test_a_queued_request_is_cancelled_without_a_word_to_anyone():
+    desk = Desk(*ONE_AND_ONE, max_pending_transfers=1)
+    desk.submit("a", "b")
+    desk.cancel("b")
+    assert desk.actions == [Finish("b", "cancelled")]
+    assert desk.state("b") is None
+
+
+@pytest.mark.parametrize(
+    "state, told",
+    [
+        (S.ENCODING, [1]),
+        (S.TO_DIT, [1, 0]),
+        (S.AT_DIT, [1, 0]),
+        (S.DENOISING, [1, 0]),
+        (S.TO_DECODER, [0, 2]),
+        (S.AT_DECODER, [0, 2]),
+        (S.DECODING, [0, 2]),
+    ],
+)
+def test_a_cancelled_request_is_dropped_by_everyone_who_has_something_of_it(state: RequestState, told: list[int]):
+    desk = Desk(*SPLIT)
+    desk.bring("a", state)
+    desk.cancel("a")
+    assert desk.actions == [Finish("a", "cancelled"), *(Drop(rank, "a") for rank in told)]
+    assert desk.state("a") is S.CANCELLED
+    desk.dropped("a", *told)
+    assert desk.state("a") is None
+    assert desk.is_empty()
+
+
+def test_a_cancel_with_a_reason_is_a_failure():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.DENOISING)
+    desk.cancel("a", "not done within 5 s")
+    assert desk.ends("a") == [("failed", "not done within 5 s")]
+
+
+def test_a_request_is_cancelled_once():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.DENOISING)
+    desk.cancel("a")
+    desk.cancel("a")
+    assert desk.actions == []
+
+
+def test_credits_of_a_cancelled_transfer_return_only_when_the_receiver_is_free():
+    desk = Desk(*ONE_AND_ONE, max_pending_transfers=1)
+    desk.bring("a", S.TO_DIT)
+    desk.submit("b")
+    landed = desk.received_event("a")
+    desk.cancel("a")
+    desk.dropped("a", 1)
+    desk.do(landed)  # crossed the Drop
+    assert desk.used(1, 0) == 1 and desk.state("b") is S.QUEUED
+    desk.dropped("a", 0)
+    assert desk.used(1, 0) == 0 and desk.state("b") is S.ENCODING
+
+
+def test_the_place_of_a_cancelled_encode_is_taken_until_it_is_dropped():
+    desk = Desk(*ONE_AND_ONE, max_pending_transfers=4)
+    desk.submit("a", "b", "c")
+    encoded = Encoded(1, "a", header("a", 1), 0.0, 0.0)
+    desk.cancel("a")
+    desk.do(encoded)  # crossed the Drop
+    assert desk.state("c") is S.QUEUED and not desk.of(Send)
+    desk.dropped("a", 1)
+    assert desk.actions == [Encode(1, request("c"))]
+
+
+def test_a_cancel_lets_those_behind_a_held_payload_go():
+    desk = Desk(*ONE_AND_ONE, max_pending_bytes=10, max_pending_transfers=3)
+    desk.submit("a", "b")
+    desk.encoded("a", nbytes=8)
+    desk.encoded("b", nbytes=6)
+    desk.submit("c")
+    desk.encoded("c", nbytes=1)
+    desk.cancel("b")
+    assert [send.request_id for send in desk.of(Send)] == ["c"]
+
+
+def test_a_lost_unit_answers_its_drops():
+    desk = Desk(*TWO_AND_ONE)
+    desk.bring("a", S.DENOISING)
+    desk.cancel("a")
+    desk.down(0)
+    desk.dropped("a", 2)
+    assert desk.state("a") is None
+    assert desk.is_empty()
+
+
+# ---------------------------------------------------------------- deadlines
+
+
+def test_a_transfer_that_does_not_arrive_fails_its_edge_and_is_named():
+    desk = Desk(*ONE_AND_ONE, transfer_timeout=60.0)
+    desk.bring("a", S.TO_DIT)
+    desk.wait(59.0)
+    assert desk.actions == []
+    desk.wait(1.0)
+    (close, _) = desk.of(CloseEdge)
+    assert all(part in close.reason for part in ("1->0", "#0", "request a", "60 s"))
+    assert desk.state("a") is S.ENCODED
+
+
+def test_a_cancelled_transfer_that_does_not_arrive_fails_its_edge_too():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.TO_DIT)
+    desk.cancel("a")
+    desk.wait(60.0)
+    assert desk.of(CloseEdge) and desk.of(OpenEdge)
+    desk.wait(60.0)
+    desk.dropped("a", 0, 1)
+    assert desk.is_empty()
+
+
+def test_a_stage_without_news_is_killed_and_its_request_fails():
+    desk = Desk(*ONE_AND_ONE, stage_timeout=100.0)
+    desk.bring("a", S.DENOISING)
+    desk.bring("b", S.AT_DIT)
+    desk.wait(90.0)
+    desk.do(StepDone(0, "a", 1, 8, desk.now))
+    desk.wait(90.0)
+    assert not desk.of(Kill)
+    desk.wait(10.0)
+    (kill,) = desk.of(Kill)
+    assert kill.rank == 0
+    for part in ("denoise", "request a", "dit 0", "100 s"):
+        assert part in desk.reason("a")
+    assert desk.ends("b") == [] and desk.state("b") is S.ENCODED
+    assert not [drop for drop in desk.of(Drop) if drop.rank == 0]
+
+
+def test_a_stage_that_waits_for_its_busy_unit_is_not_late():
+    desk = Desk(*ONE_AND_ONE, stage_timeout=100.0, transfer_timeout=1000.0)
+    desk.bring("a", S.AT_DECODER)  # the worker encodes first
+    for name in "bcdefg":
+        desk.submit(name)
+        desk.started(name, "encode")
+        desk.wait(90.0)
+        desk.encoded(name)
+        assert not desk.of(Kill)
+        desk.cancel(name)
+        desk.dropped(name, 0, 1)
+    desk.wait(99.0)
+    assert not desk.of(Kill)
+    desk.wait(1.0)
+    assert "the decode of request a" in desk.reason("a")
+
+
+def test_a_unit_that_does_not_come_up_is_killed_and_spawned_again():
+    desk = Desk(("n", 2), ("ed", 1), up=False, startup_timeout=30.0)
+    desk.bring_up(2)
+    desk.bring_up(0)
+    desk.wait(30.0)
+    assert [kill.rank for kill in desk.of(Kill)] == [0, 1]
+    desk.wait(1.0)
+    assert desk.actions == [Spawn(0), Spawn(1)]
+
+
+def test_an_edge_that_does_not_open_is_tried_again():
+    desk = Desk(*ONE_AND_ONE)
+    desk.edge_failed(1, 0)
+    desk.wait(60.0)
+    assert [(end.rank, end.generation) for end in desk.of(OpenEdge)] == [(1, 3), (0, 3)]
+
+
+def test_a_worker_that_does_not_drop_is_killed():
+    desk = Desk(*ONE_AND_ONE, stage_timeout=50.0, transfer_timeout=10.0)
+    desk.bring("a", S.AT_DIT)
+    desk.bring("b", S.AT_DIT)
+    desk.started("a", "denoise")
+    desk.cancel("b")
+    desk.dropped("b", 0)
+    for _ in range(6):
+        desk.do(StepDone(0, "a", 1, 8, desk.now))
+        desk.wait(10.0)
+    (kill,) = desk.of(Kill)
+    assert kill.rank == 1 and "did not drop request b within 60 s" in kill.reason
+
+
+def test_a_lost_decoder_sends_the_kept_latents_again():
+    desk = Desk(("n", 1), ("e", 1), ("d", 1), ("d", 1))
+    desk.bring("a", S.DECODING)
+    assert desk.rank_of("a") == 2
+    desk.down(2)
+    assert desk.of(Send) == [Send(0, "a", 3, 1, 0)]
+    assert [expect.rank for expect in desk.of(Expect)] == [3]
+    assert not desk.of(Denoise)
