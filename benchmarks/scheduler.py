@@ -15,7 +15,7 @@ import itertools
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from common import parser, show, write_json
 
@@ -70,12 +70,11 @@ class Simulation:
     now: float = 0.0
     history: list[Timed] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
-    busy: Counter[Stage] = field(default_factory=Counter)
     _due: list[tuple[float, int, SchedulerEvent]] = field(default_factory=list)
     _number: Iterator[int] = field(default_factory=itertools.count)
     _free_at: defaultdict[tuple[int, Stage], float] = field(default_factory=lambda: defaultdict(float))
 
-    def run(self, scheduler: Scheduler, on_event: Callable[[SchedulerEvent, float], list[Action]]) -> None:
+    def run(self, on_event: Callable[[SchedulerEvent, float], list[Action]]) -> None:
         """Until nothing is due any more."""
         while self._due:
             self.now, _, event = heapq.heappop(self._due)
@@ -98,17 +97,21 @@ class Simulation:
                     self._after_transfer(Sent(rank, request_id, dst, generation, seq, 0.0, 0.0))
                 case Expect(rank=rank, request=request, src=src, generation=generation, seq=seq):
                     self._after_transfer(Received(rank, request.request_id, src, generation, seq, 0.0, 0.0))
-                case Spawn(rank=rank):
-                    self.at(self.now, WorkerUp(rank, 1, 0.0))
-                case OpenEdge(rank=rank, src=src, dst=dst, generation=generation):
-                    self.at(self.now, EdgeUp(rank, src, dst, generation))
-                case Finish(request_id=request_id, outcome=outcome):
-                    assert outcome == "done", action
-                    self.done.append(request_id)
-                case Release():
-                    pass
                 case _:
-                    raise AssertionError(f"a healthy fleet got {action}")
+                    self._answer_other(action)
+
+    def _answer_other(self, action: Action) -> None:
+        match action:
+            case Spawn(rank=rank):
+                self.at(self.now, WorkerUp(rank, 1, 0.0))
+            case OpenEdge(rank=rank, src=src, dst=dst, generation=generation):
+                self.at(self.now, EdgeUp(rank, src, dst, generation))
+            case Finish(request_id=request_id, outcome="done"):
+                self.done.append(request_id)
+            case Release():
+                pass
+            case _:
+                raise AssertionError(f"a healthy fleet got {action}")
 
     def _after_transfer(self, event: SchedulerEvent) -> None:
         self.at(self.now + TRANSFER_SECONDS, event)
@@ -116,7 +119,6 @@ class Simulation:
     def _compute(self, rank: int, request_id: str, stage: Stage) -> None:
         began = max(self.now, self._free_at[rank, stage])
         self._free_at[rank, stage] = ended = began + SECONDS[stage]
-        self.busy[stage] += 1
         self.at(began, Started(rank, request_id, stage, began))
         if stage == "encode":
             self.at(ended, Encoded(rank, request_id, HEADER, began, ended))
@@ -135,12 +137,40 @@ def start(topology: Topology, simulation: Simulation) -> Scheduler:
     """A scheduler whose fleet is up."""
     scheduler = Scheduler(topology, SchedulerConfig(max_queue=QUEUE))
     simulation.answer(scheduler.start(0.0))
-    simulation.run(scheduler, scheduler.on_event)
+    simulation.run(scheduler.on_event)
     assert scheduler.ready
     return scheduler
 
 
-def measure(topology: Topology, requests: int) -> dict[str, object]:
+@dataclass(frozen=True)
+class Figures:
+    """``seconds`` and ``events_per_second`` are those of the scheduler alone."""
+
+    ranks: int
+    requests: int
+    all_done: bool
+    events: int
+    seconds: float
+    events_per_second: float
+    with_fleet_seconds: float
+    with_fleet_events_per_second: float
+    replicas_busy: float
+    tick_seconds_10000_live: float
+    kinds: dict[str, int]
+
+    def show(self) -> None:
+        rows = [
+            ("scheduler alone", f"{self.seconds:.2f}", f"{self.events_per_second:,.0f}"),
+            ("with the simulated fleet", f"{self.with_fleet_seconds:.2f}", f"{self.with_fleet_events_per_second:,.0f}"),
+        ]
+        title = f"{self.requests} requests done on {self.ranks} ranks, {self.events} events"
+        show(title, ("", "seconds", "events/s"), rows)
+        show("events by kind", ("event", "count"), [(kind, f"{count}") for kind, count in self.kinds.items()])
+        print(f"replicas busy in simulated time: {self.replicas_busy:.1%}")
+        print(f"one Tick with 10,000 live requests: {self.tick_seconds_10000_live * 1e6:.0f} us")
+
+
+def measure(topology: Topology, requests: int) -> Figures:
     """Lifecycles of ``requests`` requests: simulated, then replayed."""
     simulation = Simulation()
     scheduler = start(topology, simulation)
@@ -148,24 +178,25 @@ def measure(topology: Topology, requests: int) -> dict[str, object]:
     for submit in submissions(requests):
         simulation.at(simulation.now, submit)
     began = time.perf_counter()
-    simulation.run(scheduler, scheduler.on_event)
+    simulation.run(scheduler.on_event)
     simulated = time.perf_counter() - began
     assert len(simulation.done) == len(set(simulation.done)) == requests, "every request ends done, once"
     assert not scheduler.snapshot().states and not scheduler.snapshot().kept_bytes
     seconds = min(replay(topology, simulation.history, requests) for _ in range(3))
     events = len(simulation.history)
-    return {
-        "ranks": topology.world_size,
-        "requests": requests,
-        "all_done": True,
-        "events": events,
-        "seconds": seconds,
-        "events_per_second": events / seconds,
-        "with_simulation_seconds": simulated,
-        "with_simulation_events_per_second": events / simulated,
-        "replicas_busy": simulation.busy["denoise"] * SECONDS["denoise"] / simulation.now / len(topology.replicas),
-        "kinds": dict(Counter(type(event).__name__ for _, event in simulation.history)),
-    }
+    return Figures(
+        ranks=topology.world_size,
+        requests=requests,
+        all_done=True,
+        events=events,
+        seconds=seconds,
+        events_per_second=events / seconds,
+        with_fleet_seconds=simulated,
+        with_fleet_events_per_second=events / simulated,
+        replicas_busy=requests * SECONDS["denoise"] / simulation.now / len(topology.replicas),
+        tick_seconds_10000_live=tick_seconds(topology, 10_000),
+        kinds=dict(Counter(type(event).__name__ for _, event in simulation.history)),
+    )
 
 
 def replay(topology: Topology, history: list[Timed], requests: int) -> float:
@@ -191,27 +222,10 @@ def tick_seconds(topology: Topology, live: int) -> float:
     return (time.perf_counter() - began) / 100
 
 
-def report(figures: dict[str, object]) -> None:
-    rows = [
-        ("scheduler alone", f"{figures['seconds']:.2f}", f"{figures['events_per_second']:,.0f}"),
-        ("with the simulated fleet", f"{figures['with_simulation_seconds']:.2f}",
-         f"{figures['with_simulation_events_per_second']:,.0f}"),
-    ]  # fmt: skip
-    title = f"{figures['requests']} requests done on {figures['ranks']} ranks, {figures['events']} events"
-    show(title, ("", "seconds", "events/s"), rows)
-    kinds = figures["kinds"]
-    assert isinstance(kinds, dict)
-    show("events by kind", ("event", "count"), [(kind, f"{count}") for kind, count in kinds.items()])
-    print(f"replicas busy in simulated time: {figures['replicas_busy']:.1%}")
-    print(f"one Tick with 10,000 live requests: {figures['tick_10000_seconds'] * 1e6:.0f} us")  # type: ignore[operator]
-
-
 def main(arguments: argparse.Namespace) -> None:
-    topology = fleet_topology(arguments.replicas, arguments.non_dit)
-    figures = measure(topology, arguments.requests)
-    figures["tick_10000_seconds"] = tick_seconds(topology, 10_000)
-    report(figures)
-    write_json(arguments.json, figures)
+    figures = measure(fleet_topology(arguments.replicas, arguments.non_dit), arguments.requests)
+    figures.show()
+    write_json(arguments.json, asdict(figures))
 
 
 if __name__ == "__main__":

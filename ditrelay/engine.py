@@ -9,15 +9,15 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from PIL import Image
 
 from ditrelay.errors import ConfigError, EngineClosed, StartupError
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import PRELOAD
-from ditrelay.runtime.controller import Controller
 from ditrelay.runtime.launcher import LocalLauncher
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
@@ -28,11 +28,15 @@ from ditrelay.runtime.status import EngineStatus
 from ditrelay.runtime.tickets import Progress, Result, Ticket
 from ditrelay.runtime.topology import Topology
 
+if TYPE_CHECKING:
+    from ditrelay.runtime.controller import Controller
+
 __all__ = ["AsyncEngine", "AsyncTicket", "Engine", "EngineStatus", "Progress", "Result", "Ticket"]
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 10.0
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 class Engine:
@@ -54,6 +58,7 @@ class Engine:
         self.card: ModelCard = load_card(args.model_path)
         self.topology = Topology.build(args)
         check_parallel(self.card, args.sp_degree, args.tp_size)
+        self._device_type = resolve_device(args)
         self._warm = False
         self._closing = threading.Event()
         self._log = RequestLog(self.topology)
@@ -65,14 +70,15 @@ class Engine:
         """Start the workers; returns when every rank is up (and, with ``args.warmup``, has done a first request).
 
         Raises:
-            ConfigError: the device asked for is not there.
             StartupError: a worker could not start; says which one and why.
         """
         if self._controller is not None:
             raise EngineClosed("the engine was started before; make a new one")
-        device_type = resolve_device(self.args)
-        launcher = LocalLauncher(device_type, _preload(self.card))
-        self._controller = Controller(self.args, self.card, self.topology, launcher, device_type, self._log)
+        launcher = LocalLauncher(self._device_type, _preload(self.card))
+        # Imported here: it takes the head two seconds (torch), during which the workers' imports are under way.
+        from ditrelay.runtime.controller import Controller
+
+        self._controller = Controller(self.args, self.card, self.topology, launcher, self._device_type, self._log)
         try:
             if self._closing.is_set():
                 raise EngineClosed("the engine was closed while it started")
@@ -290,18 +296,23 @@ def spread(prompt: str | Sequence[str], num_images: int, sampling: dict[str, Any
 
 def resolve_device(args: ServerArgs) -> str:
     """``cpu`` or ``cuda``. Raises ``ConfigError`` where there are fewer GPUs than ranks."""
-    import torch
-
-    if args.device == "cpu":
-        return "cpu"
-    count = torch.cuda.device_count()
-    if args.device == "auto" and count == 0:
+    count = 0 if args.device == "cpu" else count_gpus()
+    if args.device == "cpu" or (args.device == "auto" and count == 0):
         return "cpu"
     if count < args.num_gpus:
         raise ConfigError(
             "--num-gpus", f"{args.num_gpus} ranks need as many GPUs and there are {count}; or --device cpu"
         )
     return "cuda"
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use; torch is imported only where the driver is loaded."""
+    if not NVIDIA_DRIVER.exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _grey_picture(card: ModelCard) -> bytes:

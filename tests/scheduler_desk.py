@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fleet_simulation import header, request, topology
+from fleet_simulation import topology
+from simulated_worker import header, request
 
 from ditrelay.runtime.messages import (
     Action,

@@ -124,6 +124,17 @@ def test_closing_from_a_callback_is_allowed() -> None:
     assert done.wait(SOON)
 
 
+def test_on_a_cpu_edge_waiting_for_the_stream_is_waiting() -> None:
+    source, target = pair()
+    work = source.isend(zeros(1), seq=0)
+    with pytest.raises(TransferTimeout, match="still under way"):
+        work.wait_stream(0.01)
+    target.irecv(zeros(1), seq=0).wait_stream(SOON)
+    target.close("test")
+    with pytest.raises(TransferError, match="is down: test"):
+        target.irecv(zeros(1), seq=1).wait_stream(SOON)
+
+
 def test_a_callback_added_late_is_called_at_once() -> None:
     source, target = pair()
     work = target.irecv(zeros(1), seq=0)

@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -211,6 +212,27 @@ def test_a_picture_of_another_shape_is_stretched_to_the_requests_size(tiny_root:
         adapter.encode([_request(model, image=b"no picture", **params)])
     with pytest.raises(InvalidRequest, match="image: it can't be read"):
         adapter.encode([_request(model, image=file.getvalue()[:200], **params)])
+
+
+def test_encoding_a_picture_beside_decoding_a_clip_changes_neither(tiny_root: Path) -> None:
+    model = str(tiny_models.build("wan-i2v", tiny_root))
+    adapter = load_adapter(LoadSpec(card=load_card(model), roles=COLOCATED))
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(file, "PNG")
+    request = _request(model, image=file.getvalue(), height=32, width=32, num_frames=9, num_inference_steps=1, seed=1)
+    conditioning = adapter.encode([request])
+    session = adapter.begin([request], conditioning)
+    adapter.step(session)
+    latents = adapter.finish(session)
+    right = adapter.decode([request], latents)[0]
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            (pool.submit(adapter.encode, [request]), pool.submit(adapter.decode, [request], latents)) for _ in range(6)
+        ]
+        for encoded, decoded in both:
+            assert np.array_equal(decoded.result(60)[0], right)
+            for name, value in encoded.result(60).items():
+                assert torch.equal(value.value, conditioning[name].value), name
 
 
 def test_a_picture_is_turned_upright() -> None:

@@ -123,7 +123,7 @@ def test_stages_give_the_stock_pipelines_picture(model: Model) -> None:
 
 
 def test_without_guidance_the_stock_pipelines_picture_too(model: Model) -> None:
-    if not model.card.supports_negative_prompt:
+    if not model.card.supports_guidance or model.card.family == "flux":
         pytest.skip("no classifier-free guidance to switch off")
     given = model.request(0).params
     params = model.card.resolve(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fleet_simulation import header, request
 from scheduler_desk import Desk
+from simulated_worker import header, request
 
 from ditrelay.runtime.messages import (
     CancelRequest,

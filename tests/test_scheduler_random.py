@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fleet_simulation import Faults, SimulatedFleet, request, topology
+from fleet_simulation import SimulatedFleet, topology
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from simulated_worker import Faults, request
 
 from ditrelay.runtime.ledger import Ledger
 from ditrelay.runtime.messages import (
@@ -169,7 +170,7 @@ class Run:
 
     def settle(self) -> None:
         """Healthy from now on: every request must end, whatever hangs now."""
-        self.fleet.faults = Faults()
+        self.fleet.heal()
         for _ in range(200):
             while self.step():
                 pass
@@ -231,7 +232,7 @@ def start(shape: Topology, config: SchedulerConfig, seed: int) -> Run:
 @given(TOPOLOGIES, CONFIGS, SEEDS)
 def test_a_healthy_fleet_finishes_every_request_in_every_order(shape: Topology, config: SchedulerConfig, seed: int):
     run = start(shape, config, seed)
-    run.fleet.payload_bytes = 6
+    run.fleet.world.payload_bytes = 6
     for _ in range(12):
         run.submit()
         for _ in range(run.fleet.random.randint(0, 60)):
@@ -249,7 +250,7 @@ def test_every_request_ends_once_and_everything_comes_back_whatever_fails(
     shape: Topology, config: SchedulerConfig, seed: int, faults: Faults, crashes: float, cancels: float
 ):
     run = start(shape, config, seed)
-    run.fleet.faults = faults
+    run.fleet.world.faults = faults
     for _ in range(12):
         run.submit()
         for _ in range(run.fleet.random.randint(0, 60)):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from ditrelay.errors import ConfigError
-from ditrelay.runtime.server_args import ServerArgs, parse_bytes, server_flags
+from ditrelay.models.quirks import ATTENTION_BACKENDS
+from ditrelay.runtime.server_args import ServerArgs, format_bytes, parse_bytes, server_flags
 
 FLAGS = {flag.name: flag for flag in server_flags()}
 
@@ -87,6 +88,10 @@ def test_wrong_value_is_refused_by_the_name_of_its_flag(values: dict[str, Any]) 
     assert str(error).startswith(f"{error.flag}: ") and "allowed: " in str(error)
 
 
+def test_attention_backends_are_those_that_the_models_know() -> None:
+    assert set(FLAGS["attention_backend"].spec.choices) == set(ATTENTION_BACKENDS)
+
+
 def test_integer_is_taken_where_a_number_of_seconds_is_asked_for() -> None:
     seconds = ServerArgs(dist_timeout=5).dist_timeout
     assert seconds == 5.0 and type(seconds) is float
@@ -156,6 +161,12 @@ def test_turning_disaggregation_off_keeps_the_other_settings_valid() -> None:
 )
 def test_bytes_are_read_with_and_without_a_unit(text: str, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("count, text", [(1 << 30, "1GiB"), (1536, "1536B"), (3 << 20, "3MiB"), (0, "0B")])
+def test_bytes_are_written_so_that_they_can_be_read_back(count: int, text: str) -> None:
+    assert format_bytes(count) == text
+    assert parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "-1MiB", "1XB", "1e3", "1 2", "0x10", "nan"])

@@ -58,6 +58,14 @@ def test_closing_unwinds_the_loop_once_and_leaves_the_callers_gradient_mode() ->
     assert log == [(0, False), "left"] and driver.finished and torch.is_grad_enabled()
 
 
+def test_a_forgotten_loop_is_unwound_and_leaves_the_callers_gradient_mode() -> None:
+    log: list[object] = []
+    driver = _counting(log)
+    driver.start()
+    del driver
+    assert log == ["left"] and torch.is_grad_enabled()
+
+
 def test_an_error_in_a_step_reaches_the_caller_and_ends_the_loop() -> None:
     def loop() -> None:
         pause(2)

@@ -156,7 +156,8 @@ def test_hang_lasts_until_somebody_ends_the_process(monkeypatch: pytest.MonkeyPa
 
 
 def test_exit_ends_the_process_with_its_own_code() -> None:
-    code = "from ditrelay.models.card import *; from ditrelay.models.loading import *; from ditrelay.runtime.request import *"
+    code = "from ditrelay.models.card import *; from ditrelay.models.loading import *"
+    code += "; from ditrelay.runtime.request import *"
     code += f"; card = load_card({QUICK!r}); adapter = load_adapter(LoadSpec(card=card, roles=frozenset()))"
     code += "; adapter.encode([Request(request_id='r', params=SamplingParams(prompt='[exit encode]'))])"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 9

@@ -177,7 +177,7 @@ def _z_image() -> Any:
     )
 
 
-def _flux() -> Any:
+def _flux(guidance_embeds: bool = True) -> Any:
     clip, t5 = _clip_tokenizer(), _t5_tokenizer()
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16,
@@ -188,7 +188,7 @@ def _flux() -> Any:
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
+        guidance_embeds=guidance_embeds,
     )
     return diffusers.FluxPipeline(
         scheduler=_flow(use_dynamic_shifting=True, shift=3.0),
@@ -201,7 +201,7 @@ def _flux() -> Any:
     )
 
 
-def _flux2_klein() -> Any:
+def _flux2_klein(is_distilled: bool = False) -> Any:
     tokenizer = _qwen_tokenizer(chat=True)
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16,
@@ -231,6 +231,7 @@ def _flux2_klein() -> Any:
         text_encoder=encoder,
         tokenizer=tokenizer,
         transformer=transformer,
+        is_distilled=is_distilled,
     )
 
 
@@ -414,7 +415,9 @@ def _cogvideox() -> Any:
 BUILDERS: dict[str, Callable[[], Any]] = {
     "z-image": _z_image,
     "flux": _flux,
+    "flux-schnell": lambda: _flux(guidance_embeds=False),
     "flux2-klein": _flux2_klein,
+    "flux2-klein-distilled": lambda: _flux2_klein(is_distilled=True),
     "qwen-image": _qwen_image,
     "sd3": _sd3,
     "wan": _wan,

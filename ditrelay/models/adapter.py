@@ -35,8 +35,8 @@ class StageAdapter(Protocol):
 
     Every method takes the requests of one batch; a batch has length 1 for now and an adapter refuses a longer one with
     ``ValueError``. All methods of one adapter may be called from two threads only where they belong to different roles
-    (encode beside decode). Encode and decode run under ``torch.no_grad()`` set by the caller's thread; a denoise sets it
-    for each of its turns itself, since a context that spans two turns would leak into other sessions.
+    (encode beside decode). Encode and decode run under ``torch.no_grad()`` set by the caller's thread; a denoise sets
+    it for each of its turns itself, since a context that spans two turns would leak into other sessions.
 
     Source of the split: the blocks of diffusers' Modular Diffusers (text_encoder | denoise | decode).
     """

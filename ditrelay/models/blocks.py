@@ -25,6 +25,7 @@ class Stage:
     ``inputs`` of diffusers' blocks is recomputed at every access (16 ms for Qwen-Image), hence the copies.
 
     Attributes:
+        leaves: each block, and whether it works with the VAE.
         defaults: every input that has a name, with its default.
         kwargs_types: the group of an input, where it has one.
         groups: input groups taken as a whole.
@@ -32,7 +33,7 @@ class Stage:
     """
 
     blocks: Any
-    leaves: tuple[Any, ...]
+    leaves: tuple[tuple[Any, bool], ...]
     defaults: Mapping[str, Any]
     kwargs_types: Mapping[str, str | None]
     groups: frozenset[str]
@@ -70,7 +71,7 @@ def _stage(leaves: Mapping[str, Any]) -> Stage:
     inputs = blocks.inputs
     return Stage(
         blocks=blocks,
-        leaves=tuple(leaves.values()),
+        leaves=tuple((leaf, "vae" in leaf.component_names) for leaf in leaves.values()),
         defaults={param.name: param.default for param in inputs if param.name},
         kwargs_types={param.name: param.kwargs_type for param in inputs if param.name},
         groups=frozenset(param.kwargs_type for param in inputs if not param.name),

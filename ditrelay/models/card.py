@@ -242,7 +242,7 @@ def _check_guidance(card: ModelCard, given: SamplingParams, resolved: SamplingPa
         raise InvalidRequest("guidance_scale", f"{scale!r} is not allowed; allowed: a finite number >= 0")
     if given.guidance_scale is not None and not card.supports_guidance and scale != card.default_guidance_scale:
         raise InvalidRequest("guidance_scale", f"this model has no guidance; allowed: {card.default_guidance_scale}")
-    if resolved.negative_prompt is None:
+    if not resolved.negative_prompt:
         return
     if not card.supports_negative_prompt:
         raise InvalidRequest("negative_prompt", "this model takes none; leave it out")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +62,8 @@ class ModularAdapter:
         self.conditioning_names = crossing([encode], [denoise, decode])
         self.latents_names = crossing([encode, denoise], [decode])
         self._timestep = ExactTimestep()
+        # Wan's VAE keeps a cache between its frames, which encoding a picture and decoding a clip would share.
+        self._vae_lock = threading.Lock()
         stages["denoise"] = with_step_hook(denoise, self._before_step)
         self._stages: Mapping[Role, Stage] = {role: stages[role] for role in spec.roles}
         components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
@@ -141,8 +145,9 @@ class ModularAdapter:
         return pipeline, blocks_state
 
     def _execute(self, role: Role, pipeline: Any, state: PipelineState) -> None:
-        for block in self._stages[role].leaves:
-            block(pipeline, state)
+        for block, uses_vae in self._stages[role].leaves:
+            with self._vae_lock if uses_vae else nullcontext():
+                block(pipeline, state)
 
     def _guider(self, role: Role, params: SamplingParams) -> Any:
         guidance = self._family.guidance

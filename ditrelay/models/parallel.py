@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -39,11 +38,14 @@ def _cpu_allowed(device: torch.device) -> Iterator[None]:
     if device.type != "cpu":
         yield
         return
-    with (
-        mock.patch.object(torch.accelerator, "device_count", return_value=1),
-        mock.patch.object(tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",)),
-    ):
+    count_devices, tp_devices = torch.accelerator.device_count, tensor_parallel._SUPPORTED_TP_DEVICES
+    torch.accelerator.device_count = lambda: 1
+    tensor_parallel._SUPPORTED_TP_DEVICES = ("cpu",)
+    try:
         yield
+    finally:
+        torch.accelerator.device_count = count_devices
+        tensor_parallel._SUPPORTED_TP_DEVICES = tp_devices
 
 
 def _gather_by_padding(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:

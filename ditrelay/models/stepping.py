@@ -59,6 +59,10 @@ class StepDriver:
             with torch.no_grad():
                 self._greenlet.throw(GreenletExit)
 
+    def __del__(self) -> None:
+        # Python would unwind a forgotten loop outside any no_grad of ours, which would leave gradients switched off.
+        self.close()
+
     def _turn(self) -> object:
         with torch.no_grad():
             return self._greenlet.switch()

@@ -35,11 +35,12 @@ _EXIT_CODE = 9
 
 @dataclass
 class TimedSession:
-    """A denoise that sleeps."""
+    """A denoise that sleeps. ``spent``: seconds that ``begin`` took, which the first step makes up for."""
 
     params: SamplingParams
     digest: int
     total_steps: int
+    spent: float
     steps_done: int = 0
     abandoned: bool = field(default=False, repr=False)
 
@@ -74,14 +75,17 @@ class TimedAdapter:
             }
 
     def begin(self, requests: Sequence[Request], state: State) -> TimedSession:
-        params = only(requests).params
-        return TimedSession(params, _digest(state), params.num_inference_steps or self._options.steps)
+        began, params = time.monotonic(), only(requests).params
+        digest = _digest(state)
+        total_steps = params.num_inference_steps or self._options.steps
+        return TimedSession(params, digest, total_steps, spent=time.monotonic() - began)
 
     def step(self, session: DenoiseSession) -> bool:
         session = _own(session)
         if session.abandoned or session.steps_done >= session.total_steps:
             raise ValueError("no steps remain in this session")
-        with _Lasting(self._options.denoise / self._options.steps):
+        spent, session.spent = session.spent, 0.0
+        with _Lasting(self._options.denoise / self._options.steps - spent):
             if session.steps_done == session.total_steps // 2:
                 _fault("denoise", session.params)
             if self._world_size > 1:

@@ -9,11 +9,18 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from multiprocessing import forkserver
 from typing import Protocol
 
 from ditrelay.runtime.worker_spec import WorkerSpec
 
 _START_LOCK = threading.Lock()
+_ENVIRONMENT = {
+    # With two busy ranks on two cores, two threads each made a half-second generation take twelve.
+    "cpu": {"OMP_NUM_THREADS": "1"},
+    # NCCL's watchdog would end the process, or abort an edge so that its failed transfer looks complete.
+    "cuda": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"},
+}
 
 
 class ProcessHandle(Protocol):
@@ -71,11 +78,11 @@ class LocalLauncher:
         if device_type == "cpu":
             self._context = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload(list(preload))
+            with _START_LOCK, _environment(_ENVIRONMENT["cpu"]):
+                forkserver.ensure_running()  # it imports while the head does other things
         else:
             self._context = multiprocessing.get_context("spawn")
-        # With two busy ranks on two cores, two threads each made a half-second generation take twelve.
-        self._environment = {"OMP_NUM_THREADS": "1"} if device_type == "cpu" else {}
-        self._environment["TOKENIZERS_PARALLELISM"] = "false"
+        self._environment = {"TOKENIZERS_PARALLELISM": "false", **_ENVIRONMENT[device_type]}
 
     def start(self, spec: WorkerSpec) -> ProcessHandle:
         process = self._context.Process(target=_run, args=(spec,), name=f"ditrelay-{spec.rank}", daemon=True)
@@ -111,7 +118,7 @@ def _no_main_module() -> Iterator[None]:
     ``if __name__ == "__main__"`` would start an engine in every worker.
     """
     main = vars(sys.modules["__main__"])
-    hidden = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
+    hidden: dict[str, object] = {name: main.pop(name) for name in ("__file__", "__spec__") if name in main}
     main["__spec__"] = None
     try:
         yield

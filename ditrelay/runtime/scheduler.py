@@ -59,7 +59,7 @@ class UnitSnapshot:
     """One unit: its life, its requests in counts, and the bytes of products that it has (held or kept for recovery)."""
 
     unit: Unit
-    status: UnitStatus
+    state: UnitStatus
     reason: str | None
     restarts: int
     waiting: int
@@ -197,7 +197,7 @@ def _unit_snapshot(unit: UnitState) -> UnitSnapshot:
     stations = unit.stations.values()
     return UnitSnapshot(
         unit=unit.unit,
-        status=unit.status,
+        state=unit.status,
         reason=unit.reason,
         restarts=unit.restarted,
         waiting=sum(len(station.waiting) for station in stations),

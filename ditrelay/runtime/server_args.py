@@ -331,6 +331,6 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """536870912 -> ``"512MiB"``: in the largest unit that keeps it a whole number, so that ``parse_bytes`` reads it back."""
+    """536870912 -> ``"512MiB"``: in the largest unit that keeps it whole, so that ``parse_bytes`` reads it back."""
     units = [(f"{prefix}iB", 1024**power) for power, prefix in ((4, "T"), (3, "G"), (2, "M"), (1, "K"))]
     return next((f"{count // size}{unit}" for unit, size in units if count and count % size == 0), f"{count}B")

@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import zmq
+from torch._C._distributed_c10d import PrefixStore
 
 from ditrelay.models.adapter import StageAdapter
 from ditrelay.models.loading import LoadSpec, load_adapter, resolve_dtype
@@ -120,7 +121,7 @@ class Worker:
         store = connect_store(self.spec.store_host, self.spec.store_port, timeout)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
-            store=dist.PrefixStore(replica_prefix(self.unit.leader, self.spec.incarnation), store),
+            store=PrefixStore(replica_prefix(self.unit.leader, self.spec.incarnation), store),
             rank=self.unit.members.index(self.rank),
             world_size=len(self.unit.members),
             timeout=timedelta(seconds=timeout),
@@ -156,7 +157,7 @@ class Worker:
             store = connect_store(spec.store_host, spec.store_port, timeout)
             return TorchTransport.connect(store, edge, generation, spec.rank, device=self.device, timeout=timeout)
 
-        return DisaggCommunicator(spec.rank, spec.topology.roles_of, connect, timeout)
+        return DisaggCommunicator(spec.rank, spec.topology.roles_of, connect, timeout, device=self.device)
 
     def _make_lanes(self) -> dict[Role, Lane]:
         """All roles share one lane on a CPU and beside a DiT; on a GPU encode and decode get streams of their own."""

@@ -44,5 +44,6 @@ class Lane:
         if self._device.type != "cuda":
             return contextlib.nullcontext()
         torch.cuda.set_device(self._device)
-        low, high = torch.cuda.Stream.priority_range()
-        return torch.cuda.stream(torch.cuda.Stream(self._device, priority=high if self._urgent else low))
+        # A lower number is a higher priority.
+        stream = torch.cuda.Stream(self._device, priority=-1 if self._urgent else 0)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(stream)
