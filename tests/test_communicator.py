@@ -155,10 +155,9 @@ def test_closing_the_communicator_closes_every_edge() -> None:
 def test_a_header_travels_over_the_edge_itself() -> None:
     comms = world(ONE_NON_DIT)
     header = encode_state({"x": StateValue(torch.ones(2), "g")}, batch_id="b", request_ids=["b"]).header
-    thread = threading.Thread(target=lambda: comms[3].send_header(header, dst=0))
-    thread.start()
+    works = comms[3].isend_header(header, dst=0)
     assert comms[0].recv_header(src=3) == header
-    thread.join(SOON)
+    comms[3].wait_all_works(works, SOON)
 
 
 @pytest.mark.parametrize("length", [0, -1, 1 << 40])

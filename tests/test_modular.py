@@ -139,7 +139,7 @@ def test_batches_and_foreign_sessions_are_refused(emoji: Any) -> None:
     with pytest.raises(ValueError, match="a batch of one"):
         emoji.encode([request, request])
     with pytest.raises(TypeError, match="a ModularSession is needed"):
-        emoji.step(TimedSession(request.params, 0, 1))
+        emoji.step(TimedSession(request.params, digest=0, total_steps=1, spent=0.0))
     session = emoji.begin([request], emoji.encode([request]))
     with pytest.raises(ValueError, match="steps remain"):
         emoji.finish(session)

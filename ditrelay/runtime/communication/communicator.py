@@ -179,16 +179,16 @@ class DisaggCommunicator:
 
     # ------------------------------------------------------------ headers, where there is no head to carry them
 
-    def send_header(self, header: PayloadHeader, *, dst: int | None = None) -> None:
-        """Send a header over the edge itself: its length, then its bytes (msgpack)."""
+    def isend_header(self, header: PayloadHeader, *, dst: int | None = None) -> list[Work]:
+        """Start to send a header over the edge itself: its length, then its bytes (msgpack)."""
         encoded = bytearray(msgspec.msgpack.encode(header))
         length = torch.tensor([len(encoded)], dtype=torch.int64, device=self._device)
         body = torch.frombuffer(encoded, dtype=torch.uint8).to(self._device)
         edge = self._edge(src=self._rank, dst=dst)
-        self.wait_all_works([self._isend(edge, part, None, header.batch_id) for part in (length, body)])
+        return [self._isend(edge, part, None, header.batch_id) for part in (length, body)]
 
     def recv_header(self, *, src: int | None = None) -> PayloadHeader:
-        """Receive what ``send_header`` sent.
+        """Receive what ``isend_header`` sent.
 
         Raises:
             TransferCorrupt: it is no header.

@@ -166,7 +166,7 @@ def send_batches(
     """Announce all payloads, then start to send all; they end in ``window``."""
     payloads = [make_payload(seed, number, ranks.device) for number in range(IN_FLIGHT)]
     for payload in payloads:
-        comm.send_header(payload.header, dst=dst)
+        comm.wait_all_works(comm.isend_header(payload.header, dst=dst))
     for payload in payloads:
         kept: dict[str, torch.Tensor | list[torch.Tensor]] = {"payload": list(payload.tensors)}
         work = isend(payload.tensors)

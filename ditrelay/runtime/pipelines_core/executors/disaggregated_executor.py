@@ -64,7 +64,10 @@ class DisaggregatedExecutor:
     # ------------------------------------------------------------ non-blocking transfers
 
     def _async_send_batch_to_dit(self, batch: Batch, dst: int | None = None, seq: int | None = None) -> list[Work]:
-        """Start sending the conditioning; returns at once. Nothing may write to its tensors until completion."""
+        """Start sending the conditioning; returns at once. Nothing may write to its tensors until completion.
+
+        A payload that no head has announced (``batch.payload`` is not made yet) goes with its header in band.
+        """
         return self._send(batch, "to DiT", self.comm.isend_to_dit, dst, seq)
 
     def _async_send_batch_to_non_dit(self, batch: Batch, dst: int | None = None, seq: int | None = None) -> list[Work]:
@@ -128,12 +131,11 @@ class DisaggregatedExecutor:
         payload = batch.payload
         assert payload is not None
         self._make_room(payload.header.nbytes)
-        if not announced:
-            self.comm.send_header(payload.header, dst=dst)
-        work = isend(payload.tensors, dst=dst, seq=seq, request_id=batch.batch_id)
-        self.pending_sends.add(_pending(batch, work, payload))
+        works = [] if announced else self.comm.isend_header(payload.header, dst=dst)
+        works.append(isend(payload.tensors, dst=dst, seq=seq, request_id=batch.batch_id))
+        self.pending_sends.add(_pending(batch, works, payload))
         logger.debug("[Async Send %s] Initiated %s", label, _count(payload.header, "sends"))
-        return [work]
+        return works
 
     def _receive(
         self, batch: Batch, label: str, irecv: Callable[..., Work], src: int | None, seq: int | None
@@ -143,7 +145,7 @@ class DisaggregatedExecutor:
         work = irecv(payload.tensors, src=src, seq=seq, request_id=batch.batch_id)
         batch.payload = payload
         self.pending_recvs.reap()
-        self.pending_recvs.add(_pending(batch, work, payload))
+        self.pending_recvs.add(_pending(batch, [work], payload))
         logger.debug("[Async Recv %s] Initiated %s", label, _count(header, "recvs"))
         return batch, [work]
 
@@ -201,9 +203,9 @@ class DisaggregatedExecutor:
             window.drain(self.server_args.dist_timeout)
 
 
-def _pending(batch: Batch, work: Work, payload: Payload) -> PendingTransfer:
+def _pending(batch: Batch, works: list[Work], payload: Payload) -> PendingTransfer:
     tensors = {str(i): tensor for i, tensor in enumerate(payload.tensors)}
-    return PendingTransfer(batch.batch_id, [work], dict(tensors), payload.header.nbytes)
+    return PendingTransfer(batch.batch_id, works, dict(tensors), payload.header.nbytes)
 
 
 def _count(header: PayloadHeader, what: str) -> str:

@@ -258,7 +258,7 @@ class OverlapLoop:
             executor._async_send_batch_to_dit if "encode" in executor.roles else executor._async_send_batch_to_non_dit
         )
         try:
-            work = start(resident.batch, command.dst, command.seq)[0]
+            work = start(resident.batch, command.dst, command.seq)[-1]
         except TransferError as error:
             self._release_hold(resident, self._edge_event(command, self._rank, command.dst, error.reason))
             return
