@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def provenance() -> dict[str, Any]:
     dirty = subprocess.run(["git", "status", "--porcelain", "ditrelay"], cwd=ROOT, capture_output=True, text=True)
     script = Path(sys.argv[0]).name
     return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         "commit": commit.stdout.strip() + ("+" if dirty.stdout.strip() else ""),

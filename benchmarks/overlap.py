@@ -2,7 +2,7 @@
 
 The timed model's stages take exactly e, d and v seconds of a rank and no CPU, so what is measured is everything else:
 scheduling, the control plane, and 8 MB out and 1 MB back per request through real processes and gloo. The baseline is
-lock-step (--use-async-comm false) in the same run. Encode and decode of a rank never run at once (one lock), e = v, and
+lock-step (--use-async-comm false) in the same run. Encode and decode of a rank never run at once (one lock), e = v,
 p = e + v. With k non-DiT and M DiT ranks, the bound of async is min(k/p, M/d), of lock-step k/(p + d) requests a second.
 
 Throughput is counted in the steady state: requests keep waiting until the last counted one is done.
@@ -31,7 +31,7 @@ POINTS = ((0.05, 0.3), (0.2, 0.3), (0.5, 0.3), (1.0, 0.2), (2.0, 0.15))
 
 @dataclass(frozen=True)
 class Point:
-    """One measured point. Rates in requests a second; ``in_flight``: most payloads on one edge, on the way or waiting."""
+    """One measured point. Rates: requests a second; ``in_flight``: most payloads on one edge, on the way or waiting."""
 
     non_dit: int
     dit: int

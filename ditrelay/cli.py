@@ -88,9 +88,7 @@ def generate(
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(
-            help="One prompt a line; - reads standard input.", metavar="FILE", rich_help_panel="Request"
-        ),
+        typer.Option(help="One prompt a line; - reads standard input.", metavar="FILE", rich_help_panel="Request"),
     ] = None,
     output: Annotated[
         Path | None,

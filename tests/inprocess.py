@@ -41,7 +41,9 @@ from ditrelay.runtime.topology import Edge, Topology
 class Rank:
     """What a worker process is, less the process."""
 
-    def __init__(self, rank: int, args: ServerArgs, topology: Topology, network: LocalNetwork, events: queue.SimpleQueue) -> None:
+    def __init__(
+        self, rank: int, args: ServerArgs, topology: Topology, network: LocalNetwork, events: queue.SimpleQueue
+    ) -> None:
         def connect(edge: Edge, generation: int) -> Transport:
             return network.connect(edge, generation, rank, timeout=args.dist_timeout)
 
@@ -94,7 +96,9 @@ class Fleet:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._events.put(None)
         self._thread.join(10)
         for rank in self.ranks:
@@ -175,4 +179,5 @@ class Fleet:
                     self._ended.notify_all()
             else:
                 self.ranks[action.rank].commands.put(action)
-        self.most_pending_bytes = max(self.most_pending_bytes, sum(edge.nbytes for edge in self.scheduler.snapshot().edges))
+        pending = sum(edge.nbytes for edge in self.scheduler.snapshot().edges)
+        self.most_pending_bytes = max(self.most_pending_bytes, pending)

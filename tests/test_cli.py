@@ -95,9 +95,7 @@ class Ran:
 
 
 @pytest.fixture
-def run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ran]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     """Runs the command line in an empty directory, with a fake engine."""
     monkeypatch.chdir(tmp_path)
 
@@ -275,9 +273,7 @@ def test_output_is_a_directory_for_several_pictures_whatever_its_suffix(
     assert sorted(os.listdir(tmp_path / "pets.png")) == ["1-a-cat.png", "2-a-dog.png"]
 
 
-def test_prompts_come_from_standard_input(
-    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_come_from_standard_input(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("a cat\na dog\n"))
     ran = run("generate", "--prompt-file", "-")
     assert ran.engine is not None and [each.prompt for each in ran.engine.submitted] == ["a cat", "a dog"]
@@ -468,9 +464,7 @@ def test_launch_server_is_serve() -> None:
     assert launched.returncode == 2 and launched.stderr.startswith("error: --port: ")
 
 
-def test_serve_prints_the_plan_and_starts_the_server(
-    run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_prints_the_plan_and_starts_the_server(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
     served: queue.SimpleQueue[ServerArgs] = queue.SimpleQueue()
     monkeypatch.setattr("ditrelay.server.app.serve", lambda args: served.put(args) or 0)
     ran = run("serve", "--enable-disagg", "--num-gpus", "4", "--sp-degree", "2", "--device", "cpu")

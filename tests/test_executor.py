@@ -34,7 +34,7 @@ class Pair:
 
     def __init__(self, faults: FaultPlan | None = None, **changes: object) -> None:
         self.args = ServerArgs(
-            **{"model_path": MODEL, "enable_disagg": True, "num_gpus": 2, "dist_timeout": 5.0, "device": "cpu", **changes}
+            **{"model_path": MODEL, "enable_disagg": True, "num_gpus": 2, "dist_timeout": 5.0, **changes}
         )
         topology = Topology.build(self.args)
         network = LocalNetwork(faults or FaultPlan())

@@ -66,9 +66,7 @@ class ServerArgs:
         ConfigError: a value is wrong; names the flag and what is allowed.
     """
 
-    model_path: str = _flag(
-        "builtin:emoji", "Model", "Diffusers folder, hub id, or builtin:emoji.", metavar="MODEL"
-    )
+    model_path: str = _flag("builtin:emoji", "Model", "Diffusers folder, hub id, or builtin:emoji.", metavar="MODEL")
     served_model_name: str | None = _flag(
         None, "Model", "The model's name in the HTTP API; the model path where it isn't given."
     )
@@ -170,9 +168,7 @@ class ServerArgs:
         ):
             if given is not None and given >= total:
                 allowed = f"1 to {total - 1}" if total > 1 else "none here; raise --num-non-dit-ranks to 2 or more"
-                raise ConfigError(
-                    flag, f"{given} of {total} non-DiT ranks leaves no {other} rank; allowed: {allowed}"
-                )
+                raise ConfigError(flag, f"{given} of {total} non-DiT ranks leaves no {other} rank; allowed: {allowed}")
 
     @property
     def model_name(self) -> str:
