@@ -3,7 +3,7 @@
 The timed model's stages take exactly e, d and v seconds of a rank and no CPU, so what is measured is everything else:
 scheduling, the control plane, and 8 MB out and 1 MB back per request through real processes and gloo. The baseline is
 lock-step (--use-async-comm false) in the same run. Encode and decode of a rank never run at once (one lock), e = v,
-p = e + v. With k non-DiT and M DiT ranks, the bound of async is min(k/p, M/d), of lock-step k/(p + d) requests a second.
+p = e + v. With k non-DiT and M DiT ranks the bound of async is min(k/p, M/d), of lock-step k/(p + d) requests/s.
 
 Throughput is counted in the steady state: requests keep waiting until the last counted one is done.
 """

@@ -16,7 +16,6 @@ from ditrelay.runtime.request import RequestState
 
 S = RequestState
 ONE_AND_ONE = (("n", 1), ("ed", 1))
-TWO_AND_ONE = (("n", 1), ("n", 1), ("ed", 1))
 SPLIT = (("n", 1), ("e", 1), ("d", 1))
 
 
@@ -42,6 +41,17 @@ def test_a_cancelled_transfer_that_does_not_arrive_fails_its_edge_too():
     assert desk.is_empty()
 
 
+def test_the_deadline_of_a_transfer_ends_with_its_edge():
+    desk = Desk(*SPLIT, transfer_timeout=60.0)
+    desk.bring("a", S.TO_DIT)
+    desk.cancel("a")
+    desk.down(1)
+    desk.wait(1.0)
+    desk.bring_up(1)
+    desk.wait(59.0)
+    assert not desk.of(CloseEdge)
+
+
 def test_a_stage_without_news_is_killed_and_its_request_fails():
     desk = Desk(*ONE_AND_ONE, stage_timeout=100.0)
     desk.bring("a", S.DENOISING)
@@ -57,6 +67,16 @@ def test_a_stage_without_news_is_killed_and_its_request_fails():
         assert part in desk.reason("a")
     assert desk.ends("b") == [] and desk.state("b") is S.ENCODED
     assert not [drop for drop in desk.of(Drop) if drop.rank == 0]
+
+
+def test_the_stage_that_runs_is_blamed_not_the_one_that_waits_for_it():
+    desk = Desk(*ONE_AND_ONE, stage_timeout=100.0)
+    desk.bring("a", S.AT_DECODER)
+    desk.submit("b")
+    desk.started("a", "decode")
+    desk.wait(100.0)
+    assert "the decode of request a on non_dit 1" in desk.reason("a")
+    assert desk.state("b") is S.QUEUED
 
 
 def test_a_stage_that_waits_for_its_busy_unit_is_not_late():
@@ -84,6 +104,25 @@ def test_a_unit_that_does_not_come_up_is_killed_and_spawned_again():
     assert [kill.rank for kill in desk.of(Kill)] == [0, 1]
     desk.wait(1.0)
     assert desk.actions == [Spawn(0), Spawn(1)]
+
+
+def test_the_deadline_of_a_start_ends_with_the_process():
+    desk = Desk(*ONE_AND_ONE, up=False, startup_timeout=30.0)
+    desk.bring_up(1)
+    desk.wait(29.5)
+    desk.down(0)
+    desk.wait(0.9)
+    assert desk.actions == []
+    desk.wait(0.1)
+    assert desk.actions == [Spawn(0)]
+
+
+def test_the_deadline_of_an_opening_ends_with_its_units():
+    desk = Desk(*ONE_AND_ONE, max_restarts=0)
+    desk.edge_failed(1, 0)
+    desk.down(0)
+    desk.wait(60.0)
+    assert desk.actions == []
 
 
 def test_an_edge_that_does_not_open_is_tried_again():

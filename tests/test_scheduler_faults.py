@@ -112,6 +112,14 @@ def test_restarts_wait_longer_each_time_and_end():
     assert desk.scheduler.worker_state(0) == "down"
 
 
+def test_the_wait_for_a_restart_grows_to_a_minute_at_most():
+    desk = Desk(*TWO_AND_ONE, max_restarts=20, restart_window=1e6)
+    for _ in range(15):
+        desk.down(0)
+        desk.wait(60.0)
+        assert desk.actions == [Spawn(0)]
+
+
 def test_restarts_long_ago_do_not_count():
     desk = Desk(*ONE_AND_ONE, max_restarts=1, restart_window=300.0)
     for _ in range(3):
@@ -157,6 +165,16 @@ def test_who_falls_back_behind_a_lost_role_fails():
     desk.down(0)
     assert "no rank is left for encode" in desk.reason("a")
     assert desk.is_empty()
+
+
+def test_lock_step_decodes_elsewhere_when_the_encoders_unit_is_lost():
+    desk = Desk(("n", 1), ("ed", 1), ("ed", 1), lock_step=True)
+    desk.bring("a", S.DENOISING)
+    desk.edge_failed(0, 1)  # not open yet when the latents are ready
+    desk.denoised("a")
+    assert desk.state("a") is S.DENOISED
+    desk.down(1)
+    assert desk.of(Send) == [Send(0, "a", 2, 1, 0)]
 
 
 def test_words_of_a_lost_worker_that_cross_its_end_are_harmless():
@@ -211,6 +229,11 @@ def test_events_of_an_older_generation_change_nothing():
     for event in (late, EdgeUp(1, 1, 0, 1), EdgeFailed(0, 1, 0, 1, "closed"), EdgeUp(0, 1, 0, 7)):
         assert desk.do(event) == []
     assert desk.snapshot() == before
+    desk.do(EdgeUp(1, 1, 0, 2))
+    desk.do(EdgeUp(0, 1, 0, 2))
+    assert desk.state("a") is S.TO_DIT and desk.record("a").seq == late.seq
+    assert desk.do(late) == []
+    assert desk.state("a") is S.TO_DIT
 
 
 def test_an_edge_that_only_fails_takes_its_destination_down():
@@ -221,6 +244,17 @@ def test_an_edge_that_only_fails_takes_its_destination_down():
     desk.edge_failed(2, 0)
     (kill,) = desk.of(Kill)
     assert kill.rank == 0 and "edge 2->0 failed 4 times in a row" in kill.reason
+
+
+def test_a_restart_of_either_end_forgives_an_edge():
+    desk = Desk(*ONE_AND_ONE, max_restarts=9)
+    for _ in range(3):
+        desk.edge_failed(1, 0)
+    desk.down(0)
+    desk.wait(1.0)
+    desk.bring_up(0)
+    desk.edge_failed(1, 0)
+    assert not desk.of(Kill)
 
 
 def test_a_transfer_in_between_forgives_an_edge():

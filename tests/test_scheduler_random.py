@@ -73,6 +73,7 @@ def check_books(scheduler: Scheduler) -> None:
         for station in unit.stations.values():
             check_station(ledger, station)
     assert set(ledger.transfers._since) == {r for r in ledger.records.values() if r.on_the_way}
+    assert set(ledger.drops._since) == {r for r in ledger.records.values() if r.state.ended}
     check_nothing_is_missed(scheduler)
 
 

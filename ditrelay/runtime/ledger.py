@@ -34,7 +34,7 @@ K = TypeVar("K")
 OnState = Callable[[str, RequestState], None]
 
 
-def discard(records: list[Record] | deque[Record], record: Record) -> None:
+def _discard(records: list[Record] | deque[Record], record: Record) -> None:
     if record in records:
         records.remove(record)
 
@@ -146,12 +146,12 @@ class Ledger:
     def withdraw(self, record: Record) -> None:
         """Takes it off every list that would lead it on. What it holds stays held."""
         if record.at is not None:
-            discard(record.at.waiting, record)
+            _discard(record.at.waiting, record)
         elif record.source is not None:
-            discard(record.source.held, record)
+            _discard(record.source.held, record)
             self.dirty[record.source] = None  # those behind it may go
         else:
-            discard(self.queue, record)
+            _discard(self.queue, record)
 
     def enter_home(self, record: Record, unit: UnitState) -> None:
         record.home = unit
@@ -207,7 +207,7 @@ class Ledger:
         if record.dispatched:
             self._leave_worker(record, station)
         else:
-            discard(station.waiting, record)
+            _discard(station.waiting, record)
         station.unit.change_load(-1)
         self.dirty[station] = None
 
@@ -251,7 +251,7 @@ class Ledger:
         station, record.source = record.source, None
         assert station is not None, f"{record.id} is kept nowhere"
         station.kept -= record.nbytes
-        discard(station.held, record)
+        _discard(station.held, record)
 
     def strike(self, record: Record, unit: UnitState) -> None:
         """Everything of ``record`` on ``unit`` is free: the unit said so, or it is lost."""
