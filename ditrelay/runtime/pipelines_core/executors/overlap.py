@@ -264,13 +264,14 @@ class OverlapLoop:
             return
         work.add_done_callback(lambda work: self._sent(command, resident, work, began))
         if not executor.server_args.use_async_comm:
-            executor._await_sends([work], resident.batch)
+            work.wait_done(executor.server_args.dist_timeout)
 
     def _sent(self, command: Send, resident: _Resident, work: Work, began: float) -> None:
         rank, rid, dst = self._rank, resident.request_id, command.dst
         if work.error:
             self._release_hold(resident, self._edge_event(command, rank, dst, work.error.reason))
         else:
+            logger.debug("Waited for send completion: batch_%s", rid)  # this thread, the edge's own, has
             sent = Sent(rank, rid, dst, command.generation, command.seq, began, time.monotonic())
             self._release_hold(resident, sent)
 
