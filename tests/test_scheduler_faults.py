@@ -86,6 +86,23 @@ def test_a_lost_source_does_not_matter_once_the_payload_has_arrived():
     assert Release(1, "a") not in desk.log
 
 
+def test_a_request_that_only_waited_on_a_lost_worker_has_no_attempt_counted():
+    desk = Desk(*ONE_AND_ONE, max_attempts=2, max_restarts=9)
+    desk.bring("poison", S.DENOISING)
+    desk.bring("bystander", S.AT_DIT)
+    desk.bring("behind", S.TO_DIT)
+    desk.down(0)
+    assert [desk.record(name).attempts for name in ("poison", "bystander", "behind")] == [1, 0, 0]
+
+
+def test_only_the_request_whose_transfer_failed_has_an_attempt_counted():
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", S.TO_DIT)
+    desk.bring("b", S.TO_DIT)
+    desk.do(EdgeFailed(0, 1, 0, 1, "reset", "a", 0))
+    assert [desk.record(name).attempts for name in ("a", "b")] == [1, 0]
+
+
 def test_a_lost_member_takes_its_whole_unit_down():
     desk = Desk(("n", 3), ("ed", 1))
     desk.down(1)

@@ -143,9 +143,9 @@ class Controller:
             next_tick = time.monotonic() + TICK_SECONDS
             while not self._stopping.is_set():
                 self._wait(next_tick)
-                self._take_inbox()
                 self._take_worker_events()
                 self._bury_the_dead(time.monotonic())
+                self._take_inbox()
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + TICK_SECONDS
                     self._tick()
@@ -241,7 +241,7 @@ class Controller:
         try:
             handle = self._launcher.start(self._spec(rank, incarnation))
         except OSError as error:
-            self._feed(WorkerDown(rank, f"could not be started: {error}"))
+            self._lose(rank, f"its process could not be started: {error}")
             return
         self._processes[rank] = _Process(handle, incarnation, time.monotonic())
         self._poller.register(handle.fileno(), zmq.POLLIN)
@@ -275,17 +275,20 @@ class Controller:
                 self._bury(rank, process)
 
     def _bury(self, rank: int, process: _Process) -> None:
-        reason = process.failure or "its process ended without a word"
+        del self._processes[rank]
+        self._let_go(rank, process)
+        self._lose(rank, process.failure or "its process ended without a word")
+
+    def _lose(self, rank: int, reason: str) -> None:
+        """A worker is gone: before the fleet is up the start has failed, later the scheduler copes."""
         role = role_name(self.topology.roles_of(rank))
         logger.error("rank %d (%s) is down: %s", rank, role, reason)
         self._down_reasons[rank] = reason
-        del self._processes[rank]
-        self._let_go(rank, process)
-        if not self.fleet_up.done():
+        if self.fleet_up.done():
+            self._inbox.put(WorkerDown(rank, reason))
+        else:
             self._fail_startup(f"rank {rank} ({role}) did not start: {reason}")
             self._stopping.set()
-            return
-        self._feed(WorkerDown(rank, reason))
 
     def _let_go(self, rank: int, process: _Process) -> None:
         if process.ended_at is None:

@@ -129,7 +129,7 @@ class Liveness:
     def edge_failed(self, event: EdgeFailed) -> None:
         edge = self._ledger.edges.get((event.src, event.dst))
         if edge is not None and edge.status != "closed" and edge.generation == event.generation:
-            self._fail_edge(edge, event.reason)
+            self._fail_edge(edge, event.reason, blamed=event.request_id)
 
     def _open(self, edge: EdgeState) -> None:
         edge.generation += 1
@@ -150,13 +150,13 @@ class Liveness:
             if end.unit.status == "up":
                 self._ledger.out.append(CloseEdge(end.leader, src, dst, edge.generation, reason))
 
-    def _fail_edge(self, edge: EdgeState, reason: str) -> None:
+    def _fail_edge(self, edge: EdgeState, reason: str, blamed: str | None = None) -> None:
         """Closes it, sets back what was on the way, and opens it anew or gives its destination up."""
         edge.failures += 1
         failures = edge.failures
         cause = f"edge {edge} failed ({reason})"
         self._close(edge, cause)
-        self._recovery.edge_lost(edge, cause)
+        self._recovery.edge_lost(edge, cause, blamed)
         if failures > MAX_EDGE_FAILURES:
             self._kill(edge.dst.unit, f"edge {edge} failed {failures} times in a row, at last: {reason}")
         else:
@@ -187,7 +187,8 @@ class Liveness:
         assert record.edge is not None
         limit = self._ledger.config.transfer_timeout
         what = f"transfer #{record.seq} of request {record.id}"
-        self._fail_edge(record.edge, f"{what} did not arrive within {limit:g} s (--dist-timeout)")
+        reason = f"{what} did not arrive within {limit:g} s (--dist-timeout)"
+        self._fail_edge(record.edge, reason, blamed=record.id)
 
     def _stage_hung(self, station: Station) -> None:
         """The request that hangs fails, as it would hang again; the others of the unit are set back."""

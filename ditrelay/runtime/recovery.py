@@ -72,7 +72,7 @@ class Recovery:
         if not record.state.ended:
             doing = _DOING[record.state]
             self._ledger.strike(record, edge.dst.unit)
-            self._set_back(record, f"transfer {edge} #{event.seq} was rejected ({event.reason})", doing)
+            self._set_back(record, f"transfer {edge} #{event.seq} was rejected ({event.reason})", doing, blamed=True)
 
     def dropped(self, event: Dropped) -> None:
         record, unit = self._ledger.records.get(event.request_id), self._ledger.units.get(event.rank)
@@ -121,21 +121,27 @@ class Recovery:
                 self._holder_lost(record, unit, cause)
 
     def _holder_lost(self, record: Record, unit: UnitState, cause: str) -> None:
+        """Only a request that was computed there may have caused the loss; for the others it is no attempt."""
         doing = _DOING[record.state]
+        suspect = record.at is not None and record.at.unit is unit and record.at.running is record
         self._ledger.strike(record, unit)
         if record.at is None or record.on_the_way:
-            self._set_back(record, cause, doing)
+            self._set_back(record, cause, doing, blamed=suspect)
         # Else only the copy is lost: the payload is where it is needed.
 
-    def edge_lost(self, edge: EdgeState, cause: str) -> None:
-        """``edge`` is closed at both ends. What has arrived over it stays where it is."""
+    def edge_lost(self, edge: EdgeState, cause: str, blamed: str | None) -> None:
+        """``edge`` is closed at both ends. What has arrived over it stays where it is.
+
+        Args:
+            blamed: the request whose transfer failed; for the others on the edge it is no attempt.
+        """
         for record in reversed(list(self._ledger.records.values())):
             if record.edge is not edge or not record.on_the_way:
                 continue
             if record.state.ended:
                 self._ledger.landed(record)
             else:
-                self._set_back(record, cause, _DOING[record.state])
+                self._set_back(record, cause, _DOING[record.state], blamed=record.id == blamed)
 
     def role_lost(self, stage: Stage, reason: str) -> None:
         """No unit will ever compute ``stage`` again: whoever still needs it fails."""
@@ -151,14 +157,14 @@ class Recovery:
                 return reason
         return None
 
-    def _set_back(self, record: Record, cause: str, doing: str) -> None:
+    def _set_back(self, record: Record, cause: str, doing: str, *, blamed: bool) -> None:
         """To its payload where there still is one, else to the front of the queue."""
         ledger = self._ledger
         if record.at is not None:
             # The receiver may have it already (its ``Received`` crosses this), and must not keep it.
             ledger.out.append(Release(record.at.leader, record.id))
             ledger.strike(record, record.at.unit)
-        record.attempts += 1
+        record.attempts += blamed
         state = RequestState.QUEUED if record.source is None else record.source.states.made
         if (hopeless := self._hopeless(state)) is not None:
             self.fail(record, hopeless)

@@ -33,7 +33,8 @@ class SchedulerConfig:
         transfer_timeout: for one transfer, and for one edge to open.
         stage_timeout: for a stage without any sign of life.
         startup_timeout: from the spawn of a unit until all of its members are up.
-        max_attempts: how often a request may be set back by lost workers and edges before it fails.
+        max_attempts: how often a request may be lost with the worker that computes it, or in a failed transfer,
+            before it fails.
         max_restarts: restarts of one unit within ``restart_window`` before it is given up.
         restart_window: see ``max_restarts``.
     """
@@ -46,7 +47,7 @@ class SchedulerConfig:
     stage_timeout: float = 600.0
     startup_timeout: float = 600.0
     max_attempts: int = 3
-    max_restarts: int = 3
+    max_restarts: int = 10
     restart_window: float = 300.0
 
     @property
@@ -77,7 +78,7 @@ class Record:
 
     Attributes:
         number: order of submission.
-        attempts: how often a lost worker or edge, or a rejected transfer, set it back.
+        attempts: how often it was lost with the worker that computed it, or in a transfer that failed or was rejected.
         at: where its stage is or will be computed: the input is on the way there, waits there or is dispatched.
         seq: number of the transfer that is on the way to ``at``, -1 while none is.
         source: has the payload that the stage at ``at`` needs (or that no ``at`` is chosen for yet).
