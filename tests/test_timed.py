@@ -57,7 +57,7 @@ def test_a_worker_loads_it_without_diffusers() -> None:
 def test_same_seed_same_picture_other_seed_another() -> None:
     card, adapter = _load()
     first = _picture(adapter, _request(card))
-    assert first.shape == (1, 64, 64, 3) and first.dtype == np.uint8
+    assert first.shape == (1, 32, 32, 3) and first.dtype == np.uint8
     assert np.array_equal(first, _picture(adapter, _request(card)))
     assert not np.array_equal(first, _picture(adapter, _request(card, seed=2)))
     assert not np.array_equal(first, _picture(adapter, _request(card, prompt="a dog")))

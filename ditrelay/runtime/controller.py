@@ -222,18 +222,23 @@ class Controller:
     # ------------------------------------------------------------ actions
 
     def _perform(self, actions: list[Action]) -> None:
+        """Commands first: a rank must not wait for a client to be told of another request's end."""
         for action in actions:
             match action:
+                case Finish() | Reject():
+                    continue
                 case Spawn(rank=rank):
                     self._spawn(rank)
                 case Kill(rank=rank, reason=reason):
                     self._forget(rank, reason)
-                case Finish(request_id=request_id, outcome=outcome, reason=reason, invalid_param=param):
-                    self._log.finish(request_id, outcome, reason, param)
-                case Reject(request_id=request_id, limit=limit):
-                    self._log.reject(request_id, limit)
                 case _:
                     self._sockets.send(action)
+        for action in actions:
+            match action:
+                case Finish():
+                    self._log.finish(action.request_id, action.outcome, action.reason, action.invalid_param)
+                case Reject():
+                    self._log.reject(action.request_id, action.limit)
 
     def _spawn(self, rank: int) -> None:
         incarnation = self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
