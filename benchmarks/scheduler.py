@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
-from common import parser, show, write_json
+from common import ROOT, parser, provenance, show, write_json, write_section
 
 from ditrelay.runtime.messages import (
     Action,
@@ -222,10 +222,22 @@ def tick_seconds(topology: Topology, live: int) -> float:
     return (time.perf_counter() - began) / 100
 
 
+def sentence(figures: Figures) -> str:
+    source = provenance()
+    return (
+        f"`{source['command']}`, {source['date'][:10]}, {source['machine']}, commit {source['commit']}: "
+        f"{figures.events_per_second:,.0f} events a second in one Python process, {figures.ranks} ranks, "
+        f"{figures.requests:,} complete request lifecycles, step events not counted. "
+        f"One tick with 10,000 live requests takes {figures.tick_seconds_10000_live * 1e6:.0f} us."
+    )
+
+
 def main(arguments: argparse.Namespace) -> None:
     figures = measure(fleet_topology(arguments.replicas, arguments.non_dit), arguments.requests)
     figures.show()
     write_json(arguments.json, asdict(figures))
+    if arguments.docs:
+        write_section(ROOT / "docs" / "performance.md", "scheduler", sentence(figures))
 
 
 if __name__ == "__main__":
@@ -233,4 +245,5 @@ if __name__ == "__main__":
     options.add_argument("--replicas", type=int, default=224, help="DiT replicas of one rank")
     options.add_argument("--non-dit", type=int, default=32, help="ranks that encode and decode")
     options.add_argument("--requests", type=int, default=10_000, help=f"complete lifecycles, at most {QUEUE}")
+    options.add_argument("--docs", action="store_true", help="write the figures into docs/performance.md")
     main(options.parse_args())

@@ -77,7 +77,7 @@ def _root(
 
 
 @app.command(cls=SettingsCommand, epilog=BOOLEANS_HELP)
-@with_flags("settings", server_flags(), ServerArgs, log_level="warning")
+@with_flags("settings", server_flags(), ServerArgs, log_level="warning", warmup=False)
 @with_flags("sampling", REQUEST_FLAGS, dict)
 def generate(
     ctx: typer.Context,

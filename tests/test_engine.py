@@ -315,3 +315,21 @@ def test_wrong_settings_are_refused_before_any_process_starts(changes: dict[str,
     with pytest.raises(ConfigError) as error:
         Engine(settings(**changes))
     assert error.value.flag == flag
+
+
+def test_a_long_run_over_gloo_leaves_nothing_pending_and_no_memory_behind() -> None:
+    def memory(engine: Engine) -> list[int]:
+        time.sleep(1.5)  # a heartbeat comes every second
+        beats = [worker.memory for worker in engine.status().workers]
+        assert all(beat is not None for beat in beats)
+        assert [(b.pending_sends, b.pending_recvs, b.kept) for b in beats if b] == [(0, 0, 0)] * len(beats)
+        return [beat.rss for beat in beats if beat]
+
+    model = "builtin:timed?encode=0.001&denoise=0.004&decode=0.001&steps=2&conditioning_mb=2&latents_mb=0.2"
+    with Engine(settings(model_path=model, max_queue=200)) as engine:
+        engine.generate([f"warm-up {i}" for i in range(40)])
+        before = memory(engine)
+        engine.generate([f"picture {i}" for i in range(160)])
+        after = memory(engine)
+        window = engine.args.max_pending_transfers * len(engine.topology.edges) * 2_200_000
+    assert all(late - early <= window for early, late in zip(before, after, strict=True))
