@@ -18,6 +18,7 @@ from ditrelay.runtime.messages import (
     Encoded,
     Expect,
     Finish,
+    Heartbeat,
     OpenEdge,
     Received,
     Reject,
@@ -331,3 +332,58 @@ def test_schedulers_share_nothing():
     other = Scheduler(desk.topology, SchedulerConfig())
     other.start(0.0)
     assert other.on_event(Submit(request("a")), 0.0) == []
+
+
+# ---------------------------------------------------------------- adaptive window
+
+
+def beat(desk: Desk, rank: int, share: float) -> None:
+    desk.do(Heartbeat(rank, desk.now, device_total=100, device_allocated=round(100 * share)))
+
+
+def window(desk: Desk, src: int, dst: int) -> int:
+    return next(edge.window for edge in desk.snapshot().edges if edge.edge == (src, dst))
+
+
+def test_the_window_to_a_full_rank_shrinks_to_one_and_grows_back():
+    desk = Desk(("n", 1), ("ed", 1), max_pending_transfers=3)
+    seen = []
+    for share in (0.85, 0.95, 0.95, 0.95, 0.85, 0.7, 0.7, 0.7):
+        beat(desk, 0, share)
+        seen.append(window(desk, 1, 0))
+    assert seen == [3, 2, 1, 1, 1, 2, 3, 3]
+    assert window(desk, 0, 1) == 3
+
+
+def test_a_smaller_window_holds_what_was_promised_and_loses_nothing():
+    desk = Desk(("n", 1), ("ed", 1))
+    desk.submit("a", "b", "c")
+    desk.encoded("a")
+    beat(desk, 0, 0.95)
+    desk.encoded("b")
+    assert (desk.state("a"), desk.state("b")) == (RequestState.TO_DIT, RequestState.ENCODED)
+    desk.received("a")
+    desk.started("a", "denoise")
+    assert desk.state("b") is RequestState.TO_DIT
+
+
+def test_the_byte_budget_shrinks_with_the_window_but_one_payload_always_fits():
+    desk = Desk(("n", 1), ("ed", 1), max_pending_transfers=4, max_pending_bytes=100)
+    beat(desk, 0, 0.95)
+    beat(desk, 0, 0.95)
+    desk.submit("a", "b", "c")
+    desk.encoded("a", nbytes=40)
+    desk.encoded("b", nbytes=40)
+    assert (desk.state("a"), desk.state("b")) == (RequestState.TO_DIT, RequestState.ENCODED)
+    other = Desk(("n", 1), ("ed", 1), max_pending_transfers=4, max_pending_bytes=100)
+    beat(other, 0, 0.95)
+    other.submit("a")
+    other.encoded("a", nbytes=100)
+    assert other.state("a") is RequestState.TO_DIT
+
+
+def test_a_full_member_shrinks_the_window_of_its_whole_replica():
+    desk = Desk(("n", 2), ("ed", 1))
+    beat(desk, 1, 0.95)
+    beat(desk, 0, 0.5)
+    assert window(desk, 2, 0) == 1

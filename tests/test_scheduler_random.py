@@ -15,6 +15,7 @@ from ditrelay.runtime.messages import (
     CancelRequest,
     EdgeFailed,
     EdgeUp,
+    Heartbeat,
     Received,
     SchedulerEvent,
     Submit,
@@ -86,7 +87,8 @@ def check_station(ledger: Ledger, station: Station) -> None:
     assert station.free == sum(edge.window - edge.used for edge in station.out.values() if edge.usable)
     for edge in station.out.values():
         users = [record for record in records if record.edge is edge]
-        assert edge.used == len(users) <= edge.window
+        assert edge.used == len(users) <= edge.full_window
+        assert 1 <= edge.window <= edge.full_window
         assert edge.nbytes == sum(record.nbytes for record in users) <= edge.max_bytes
 
 
@@ -154,6 +156,9 @@ class Run:
             self.feed(CancelRequest(f"r{choose.randrange(self.submitted)}", reason))
         if choose.random() < 0.05:
             self.feed(Tick())
+        if choose.random() < 0.1:
+            rank = choose.choice(sorted(self.fleet.events))
+            self.feed(Heartbeat(rank, self.now, device_total=100, device_allocated=choose.choice([70, 85, 95])))
         event = choose.choice(self.history)
         if self._is_stale(event):
             before = self.scheduler.snapshot()
@@ -165,7 +170,7 @@ class Run:
         """Of an older generation of its edge, or of a request that is gone."""
         if isinstance(event, EdgeUp | EdgeFailed):
             return event.generation != self.scheduler._ledger.edges[event.src, event.dst].generation
-        if isinstance(event, Submit | Tick | WorkerUp | WorkerDown):
+        if isinstance(event, Submit | Tick | WorkerUp | WorkerDown | Heartbeat):
             return False
         return isinstance(event, Received | TransferRejected) or event.request_id not in self.scheduler._ledger.records
 

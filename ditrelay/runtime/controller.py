@@ -191,6 +191,7 @@ class Controller:
         match event:
             case Heartbeat():
                 process.heartbeat = event
+                self._feed(event)
             case LogLine(logger=name, level=level, text=text):
                 logging.getLogger(name).log(level, "%s", text)
             case WorkerFailed(reason=reason):

@@ -105,6 +105,13 @@ class Ledger:
             edge.src.free += sign * (edge.window - edge.used)
         self.dirty[edge.src] = None
 
+    def resize(self, edge: EdgeState, window: int) -> None:
+        """Gives an edge another window. With more credits out than that, none is given until enough are back."""
+        if edge.usable:
+            edge.src.free += window - edge.window
+        edge.window = window
+        self.dirty[edge.src] = None
+
     # ------------------------------------------------------------ requests come, change state and go
 
     def accept(self, request: Request) -> None:

@@ -12,6 +12,7 @@ from ditrelay.runtime.messages import (
     EdgeFailed,
     EdgeUp,
     Finish,
+    Heartbeat,
     Kill,
     OpenEdge,
     Spawn,
@@ -26,6 +27,10 @@ MAX_EDGE_FAILURES = 3
 
 # Seconds; the delay doubles with every restart within the window up to here.
 MAX_RESTART_DELAY = 60.0
+
+# Shares of a unit's memory: above the first its windows shrink by one a heartbeat, below the second they grow again.
+MEMORY_HIGH = 0.9
+MEMORY_LOW = 0.8
 
 
 class Liveness:
@@ -85,6 +90,7 @@ class Liveness:
         ledger.out.extend(Kill(rank, cause) for rank in unit.unit.members if rank != dead)
         self._startups.stop(unit)
         unit.members_up.clear()
+        unit.memory.clear()
         unit.reason = cause
         unit.status = "failed" if self._restarts_are_spent(unit) else "down"
         for edge in unit.edges:
@@ -161,6 +167,23 @@ class Liveness:
             self._kill(edge.dst.unit, f"edge {edge} failed {failures} times in a row, at last: {reason}")
         else:
             self._open(edge)
+
+    # ------------------------------------------------------------ memory
+
+    def heartbeat(self, event: Heartbeat) -> None:
+        """Adaptive flow control: to a unit whose memory is nearly full go fewer payloads at a time, but never none."""
+        unit = self._unit_of[event.rank]
+        if event.device_total == 0 or unit.status != "up":
+            return
+        unit.memory[event.rank] = event.device_allocated / event.device_total
+        if event.rank != unit.leader:
+            return
+        used = max(unit.memory.values())
+        change = -1 if used > MEMORY_HIGH else 1 if used < MEMORY_LOW else 0
+        for edge in unit.edges:
+            window = min(max(edge.window + change, 1), edge.full_window)
+            if edge.dst.unit is unit and window != edge.window:
+                self._ledger.resize(edge, window)
 
     # ------------------------------------------------------------ deadlines
 

@@ -120,11 +120,15 @@ class WorkerUp(_Message, frozen=True, tag=True):
 
 
 class Heartbeat(_Message, frozen=True, tag=True):
-    """Sent every second. Memory in bytes; ``pending`` are transfers in flight, ``kept`` bytes of retained payloads."""
+    """Sent every second. Memory in bytes; ``pending`` are transfers in flight, ``kept`` bytes of retained payloads.
+
+    ``device_total`` is the GPU's memory, 0 on a CPU.
+    """
 
     rank: int
     at: float
     rss: int = 0
+    device_total: int = 0
     device_allocated: int = 0
     device_peak: int = 0
     pending_sends: int = 0
@@ -357,6 +361,7 @@ SchedulerEvent = (
     | WorkerDown
     | Tick
     | WorkerUp
+    | Heartbeat
     | EdgeUp
     | EdgeFailed
     | Started

@@ -122,11 +122,14 @@ class EdgeState:
     """One directed edge, its credits and its life. A local edge joins two stages of one unit and is always usable.
 
     ``used`` and ``nbytes`` count payloads on the way and payloads that wait at the receiver for their stage to start.
+    ``window`` is at most ``full_window``; while it is smaller, so is the byte budget, in the same proportion. But one
+    payload that fits into the whole budget always has room on an empty edge.
     """
 
     src: Station
     dst: Station
     window: int
+    full_window: int
     max_bytes: int
     status: EdgeStatus = "closed"
     generation: int = 0
@@ -145,7 +148,10 @@ class EdgeState:
         return self.status == "up"
 
     def fits(self, nbytes: int) -> bool:
-        return self.status == "up" and self.used < self.window and self.nbytes + nbytes <= self.max_bytes
+        if self.status != "up" or self.used >= self.window:
+            return False
+        budget = self.max_bytes if self.used == 0 else self.max_bytes * self.window // self.full_window
+        return self.nbytes + nbytes <= budget
 
     def __str__(self) -> str:
         return f"{self.src.leader}->{self.dst.leader}"
@@ -193,6 +199,7 @@ class UnitState:
         members_up: of the current spawn.
         load: requests at or on the way to any of its stations.
         bound: lock-step only: live requests that were encoded here.
+        memory: share of its memory that each member uses, as its newest heartbeat says.
         restarts: when it went down and was to be restarted, within the restart window; ``restarted`` counts all.
         reason: why it is down or failed.
     """
@@ -203,6 +210,7 @@ class UnitState:
     boards: list[LoadBoard] = field(default_factory=list)
     status: UnitStatus = "down"
     members_up: set[int] = field(default_factory=set)
+    memory: dict[int, float] = field(default_factory=dict)
     load: int = 0
     bound: int = 0
     restarts: deque[float] = field(default_factory=deque)
@@ -272,7 +280,7 @@ def _unit_state(unit: Unit) -> UnitState:
 
 
 def _join(src: Station, dst: Station, config: SchedulerConfig) -> EdgeState:
-    edge = EdgeState(src, dst, config.window, config.max_pending_bytes)
+    edge = EdgeState(src, dst, config.window, config.window, config.max_pending_bytes)
     src.out[dst.leader] = edge
     if edge.local:
         edge.status = "up"
