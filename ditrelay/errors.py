@@ -100,5 +100,9 @@ class TransferCorrupt(TransferError):
     """The received bytes do not match the sender's checksum."""
 
 
+class ReplicaBroken(DitrelayError):
+    """A denoise failed and left a replica's ranks in different places; the replica must be started again."""
+
+
 class CodecError(DitrelayError):
     """A value cannot cross an edge: it is neither a tensor, a list of tensors, nor plain JSON data."""

@@ -264,6 +264,29 @@ def test_a_cancel_reaches_both_ranks_of_a_replica_at_every_step() -> None:
         assert engine.status().workers[0].restarts == 0
 
 
+def test_a_request_that_fails_on_every_rank_of_a_replica_costs_no_restart() -> None:
+    with Engine(settings(num_gpus=3, sp_degree=2)) as engine:
+        for _ in range(3):
+            with pytest.raises(RequestFailed, match="denoise fails"):
+                submit(engine, "[fail denoise]").result(10)
+        assert submit(engine, "a dog").result(10).media
+        assert [worker.restarts for worker in engine.status().workers] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("member", [0, 1], ids=["leader", "peer"])
+def test_a_lost_member_of_a_replica_costs_no_request(member: int) -> None:
+    model = QUICK.replace("denoise=0.06", "denoise=0.6")
+    with Engine(settings(model_path=model, num_gpus=3, sp_degree=2)) as engine:
+        tickets = [submit(engine, f"picture {i}") for i in range(3)]
+        next(p for p in tickets[0].events() if p.step == 1)
+        pid = engine.status().workers[member].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert all(ticket.result(30).media for ticket in tickets)
+        wait_ready(engine)
+        assert [worker.restarts for worker in engine.status().workers] == [1, 1, 0]
+
+
 def test_the_async_twin_generates_streams_and_cancels() -> None:
     async def use() -> None:
         async with AsyncEngine(settings()) as engine:

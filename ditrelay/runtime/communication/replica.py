@@ -6,6 +6,7 @@ order of the leader's commands; so all members always agree on the next collecti
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,7 +25,7 @@ _MAX_BEHIND = 10_000
 # How long close() may spend on delivering the last commands.
 _LINGER_MS = 1000
 
-StopReason = Literal["done", "cancelled"]
+StopReason = Literal["done", "cancelled", "failed"]
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
@@ -41,7 +42,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Free what is kept of ``request_id``."""
+    """Free what is kept of ``request_id``. After ``failed`` the peer answers ``Stopped`` once its device is idle."""
 
     request_id: str
     reason: StopReason
@@ -49,6 +50,12 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the process."""
+
+
+class Stopped(msgspec.Struct, frozen=True, tag=True):
+    """A peer's answer: nothing of ``request_id`` runs or waits on it any more."""
+
+    request_id: str
 
 
 ReplicaCommand = Begin | Step | Stop | Shutdown
@@ -65,7 +72,7 @@ class ReplicaLeader:
         self._context = zmq.Context()
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
         for address in addresses:
-            socket = self._context.socket(zmq.PUSH)
+            socket = self._context.socket(zmq.PAIR)
             socket.sndhwm = _MAX_BEHIND
             socket.linger = _LINGER_MS
             socket.connect(address)
@@ -85,6 +92,18 @@ class ReplicaLeader:
                 reason = f"the replica's peer takes no commands ({_MAX_BEHIND} are waiting)"
                 raise TransferError(address, reason) from error
 
+    def all_stopped(self, request_id: str, timeout: float) -> bool:
+        """Whether every peer answers ``Stopped`` for the request within ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        return all(self._stopped(socket, request_id, deadline) for socket in self._sockets.values())
+
+    @staticmethod
+    def _stopped(socket: zmq.Socket[bytes], request_id: str, deadline: float) -> bool:
+        while socket.poll(max(0, round((deadline - time.monotonic()) * 1000))):
+            if msgspec.msgpack.decode(socket.recv(), type=Stopped).request_id == request_id:
+                return True
+        return False
+
     def close(self) -> None:
         """Deliver what is queued (for a second at most) and close."""
         self._context.destroy()
@@ -99,8 +118,9 @@ class ReplicaPeer:
 
     def __init__(self, address: str) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PULL)
+        self._socket = self._context.socket(zmq.PAIR)
         self._socket.rcvhwm = _MAX_BEHIND
+        self._socket.linger = _LINGER_MS
         self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(ReplicaCommand)
 
@@ -110,6 +130,10 @@ class ReplicaPeer:
             return None
         command: ReplicaCommand = self._decoder.decode(self._socket.recv())
         return command
+
+    def answer(self, stopped: Stopped) -> None:
+        """Tell the leader; does not wait."""
+        self._socket.send(msgspec.msgpack.encode(stopped), zmq.NOBLOCK)
 
     def close(self) -> None:
         self._context.destroy(linger=0)

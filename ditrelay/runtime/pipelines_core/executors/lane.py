@@ -13,6 +13,12 @@ import torch
 Job = Callable[[], None]
 
 
+def finish_device_work(device: torch.device) -> None:
+    """Wait for this thread's stream alone (a device-wide wait would also wait for a posted receive)."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 class Lane:
     """Runs jobs one at a time, lowest priority number first, first come first served among equals.
 

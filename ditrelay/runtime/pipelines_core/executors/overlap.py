@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-from ditrelay.errors import CodecError, InvalidRequest, TransferCorrupt, TransferError
+from ditrelay.errors import CodecError, InvalidRequest, ReplicaBroken, TransferCorrupt, TransferError
 from ditrelay.runtime.communication.transport import Work
 from ditrelay.runtime.messages import (
     CloseEdge,
@@ -44,7 +44,7 @@ from ditrelay.runtime.messages import (
     WorkerEvent,
 )
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
-from ditrelay.runtime.pipelines_core.executors.lane import Lane
+from ditrelay.runtime.pipelines_core.executors.lane import Lane, finish_device_work
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Pipeline, StageCancelled
 from ditrelay.runtime.topology import Edge, Role
@@ -75,8 +75,7 @@ class OverlapLoop:
         lanes: the compute lane of each role; roles may share one.
         priority: which role goes first where roles share a lane (lower first).
         emit: takes an event to the head; thread-safe, never blocks for long.
-        on_broken: called when a denoise failed half-way on a replica of several ranks, whose peers may now wait in a
-            collective that never completes; ends the process.
+        on_broken: called when the ranks of a replica are torn apart; ends the process.
     """
 
     def __init__(
@@ -87,7 +86,7 @@ class OverlapLoop:
         lanes: Mapping[Role, Lane],
         priority: Mapping[Role, int],
         emit: Emit,
-        on_broken: Callable[[str], None] | None = None,
+        on_broken: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._executor = executor
         self._pipeline = pipeline
@@ -95,6 +94,7 @@ class OverlapLoop:
         self._priority = priority
         self._emit = emit
         self._on_broken = on_broken
+        self._broken = False
         self._rank = executor.rank
         self._lock = threading.Lock()
         self._residents: dict[str, _Resident] = {}
@@ -195,7 +195,7 @@ class OverlapLoop:
         return claimed
 
     def _compute(self, resident: _Resident, role: Role) -> None:
-        if not self._claim(resident):
+        if self._broken or not self._claim(resident):
             return
         began = time.monotonic()
         self._emit(Started(self._rank, resident.request_id, role, began))
@@ -205,18 +205,20 @@ class OverlapLoop:
         except StageCancelled:
             self._free(resident)
             return
+        except ReplicaBroken as error:  # this process ends, and the request is tried again elsewhere
+            self._broken = True
+            self._on_broken(describe(error))
+            return
         except Exception as error:  # the place that turns a stage's exception into a failed request
             logger.warning("%s of request %s failed", role, resident.request_id, exc_info=not _expected(error))
             event = self._failed(resident, role, error)
         self._release_hold(resident, event, remove=not isinstance(event, Encoded | Denoised))
-        if self._on_broken and role == "denoise" and isinstance(event, StageFailed) and event.invalid_param is None:
-            self._on_broken(event.reason)
 
     def _completed(self, resident: _Resident, role: Role, began: float) -> WorkerEvent:
         batch, rank, request_id = resident.batch, self._rank, resident.request_id
         if role != "decode":
             header = self._executor.pack(batch)
-        _finish_device_work(self._executor.device)
+        finish_device_work(self._executor.device)
         now = time.monotonic()
         if role == "encode":
             return Encoded(rank, request_id, header, began, now)
@@ -331,12 +333,6 @@ class _Control:
     def after_step(self, step: int, total: int) -> None:
         rank, request_id = self._loop._rank, self._resident.request_id
         self._loop._emit(StepDone(rank, request_id, step, total, time.monotonic()))
-
-
-def _finish_device_work(device: torch.device) -> None:
-    """Wait for this lane's stream alone (a device-wide wait would also wait for a posted receive)."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
 
 
 def _expected(error: Exception) -> bool:

@@ -7,12 +7,14 @@ rank at the same step and no collective is left waiting. All collectives of a ra
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from ditrelay.errors import ReplicaBroken
 from ditrelay.models.adapter import DenoiseSession, StageAdapter
 from ditrelay.runtime.communication.codec import decode_payload, encode_state
 from ditrelay.runtime.communication.replica import (
@@ -22,9 +24,11 @@ from ditrelay.runtime.communication.replica import (
     Shutdown,
     Step,
     Stop,
+    Stopped,
     broadcast_payload,
 )
 from ditrelay.runtime.payloads import State
+from ditrelay.runtime.pipelines_core.executors.lane import finish_device_work
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import STAGE_ERRORS, describe
 from ditrelay.runtime.request import Request
 
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
     from ditrelay.models.adapter import Frames
 
 logger = logging.getLogger(__name__)
+
+# Seconds within which the ranks of a replica must find that all of them failed at the same place.
+AGREE_SECONDS = 5.0
 
 
 @dataclass
@@ -70,17 +77,22 @@ class LedAdapter:
         ids = [r.request_id for r in requests]
         payload = encode_state(state, batch_id=request.request_id, request_ids=ids)
         self._leader.send(Begin(request, payload.header))
-        broadcast_payload(payload, payload.header, self._device)
         try:
+            broadcast_payload(payload, payload.header, self._device)
             return _LedSession(self._inner.begin(requests, state), request.request_id)
-        except BaseException:
-            self._leader.send(Stop(request.request_id, "cancelled"))
+        except STAGE_ERRORS as error:
+            self._agree_on_failure(request.request_id, error)
             raise
 
     def step(self, session: DenoiseSession) -> bool:
         assert isinstance(session, _LedSession)
         self._leader.send(Step(session.request_id))
-        return self._inner.step(session.inner)
+        try:
+            return self._inner.step(session.inner)
+        except STAGE_ERRORS as error:
+            session.open = False
+            self._agree_on_failure(session.request_id, error)
+            raise
 
     def finish(self, session: DenoiseSession) -> State:
         assert isinstance(session, _LedSession)
@@ -97,34 +109,75 @@ class LedAdapter:
             session.open = False
             self._leader.send(Stop(session.request_id, reason))
 
+    def _agree_on_failure(self, request_id: str, error: BaseException) -> None:
+        """What fails on every rank alike (a size that does not fit) costs only the request; else the ranks are apart.
+
+        Raises:
+            ReplicaBroken: a peer is gone, or waits in a collective that the leader never joined.
+        """
+        self._leader.send(Stop(request_id, "failed"))
+        if not self._leader.all_stopped(request_id, AGREE_SECONDS):
+            raise ReplicaBroken(f"the ranks of the replica did not fail alike: {describe(error)}") from error
+
 
 def follow(peer: ReplicaPeer, adapter: StageAdapter, device: torch.device, stopping: Callable[[], bool]) -> None:
     """A peer's whole life: do what the leader says, in the leader's order, until it (or ``stopping``) ends it."""
-    session: DenoiseSession | None = None
+    follower = _Follower(peer, adapter, device)
     with torch.no_grad():
         while not stopping():
             command = peer.receive(timeout=1.0)
+            if isinstance(command, Shutdown):
+                return
+            follower.obey(command)
+
+
+class _Follower:
+    """What a peer has of the request that its replica works on: a session, or the error that ended it here."""
+
+    def __init__(self, peer: ReplicaPeer, adapter: StageAdapter, device: torch.device) -> None:
+        self._peer = peer
+        self._adapter = adapter
+        self._device = device
+        self._session: DenoiseSession | None = None
+        self._error: BaseException | None = None
+        self._failed_at = 0.0
+
+    def obey(self, command: Begin | Step | Stop | None) -> None:
+        """Raises ``ReplicaBroken`` where the leader goes on after an error that only this rank had."""
+        try:
             match command:
-                case None:
-                    continue
                 case Begin(request=request, header=header):
-                    payload = broadcast_payload(None, header, device)
-                    session = _begin(adapter, request, decode_payload(payload))
+                    payload = broadcast_payload(None, header, self._device)
+                    self._session = self._adapter.begin([request], decode_payload(payload))
                 case Step():
-                    assert session is not None
-                    adapter.step(session)
-                case Stop():
-                    if session is not None:
-                        adapter.abandon(session)
-                    session = None
-                case Shutdown():
-                    return
+                    self._step()
+                case Stop(request_id=request_id, reason=reason):
+                    self._stop(request_id, answer=reason == "failed")
+                case None:
+                    self._check_leader_failed_too()
+        except STAGE_ERRORS as error:
+            if isinstance(error, ReplicaBroken):
+                raise
+            logger.debug("the denoise failed on a peer: %s", describe(error))
+            self._error, self._failed_at = error, time.monotonic()
 
+    def _step(self) -> None:
+        if self._session is None or self._error is not None:
+            raise self._broken()
+        self._adapter.step(self._session)
 
-def _begin(adapter: StageAdapter, request: Request, state: State) -> DenoiseSession | None:
-    """A request that the model refuses is refused by every rank alike; its leader says so and sends ``Stop`` next."""
-    try:
-        return adapter.begin([request], state)
-    except STAGE_ERRORS as error:
-        logger.debug("request %s could not begin: %s", request.request_id, describe(error))
-        return None
+    def _stop(self, request_id: str, *, answer: bool) -> None:
+        if self._session is not None:
+            self._adapter.abandon(self._session)
+        self._session = self._error = None
+        if answer:
+            finish_device_work(self._device)  # no answer while a collective waits on the device
+            self._peer.answer(Stopped(request_id))
+
+    def _check_leader_failed_too(self) -> None:
+        if self._error is not None and time.monotonic() - self._failed_at > AGREE_SECONDS:
+            raise self._broken()
+
+    def _broken(self) -> ReplicaBroken:
+        reason = describe(self._error) if self._error is not None else "the leader took a step of no request"
+        return ReplicaBroken(f"the ranks of the replica did not fail alike: {reason}")
