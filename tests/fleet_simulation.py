@@ -33,7 +33,7 @@ from ditrelay.runtime.messages import (
     TransferRejected,
     WorkerDown,
 )
-from ditrelay.runtime.schedule_state import SchedulerConfig
+from ditrelay.runtime.scheduling.state import SchedulerConfig
 from ditrelay.runtime.topology import Role, Topology, Unit
 
 Move = tuple[Callable[..., None], tuple[object, ...]]

@@ -28,8 +28,8 @@ from ditrelay.runtime.messages import (
     WorkerUp,
 )
 from ditrelay.runtime.request import RequestState
-from ditrelay.runtime.schedule_state import Record
 from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig, SchedulerSnapshot
+from ditrelay.runtime.scheduling.state import Record
 
 
 class Desk:

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulated_worker import Faults, request
 
-from ditrelay.runtime.ledger import Ledger
 from ditrelay.runtime.messages import (
     CancelRequest,
     EdgeFailed,
@@ -25,8 +24,9 @@ from ditrelay.runtime.messages import (
     WorkerUp,
 )
 from ditrelay.runtime.request import RequestState
-from ditrelay.runtime.schedule_state import Record, Station
 from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig
+from ditrelay.runtime.scheduling.ledger import Ledger
+from ditrelay.runtime.scheduling.state import Record, Station
 from ditrelay.runtime.topology import Topology
 
 CONFIG = dict(max_queue=5, transfer_timeout=20.0, stage_timeout=40.0, startup_timeout=60.0, max_pending_bytes=10)

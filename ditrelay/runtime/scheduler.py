@@ -1,7 +1,7 @@
 """The scheduler: a pure state machine. It takes events and returns actions; the caller does the I/O and has the clock.
 
-Rooms: ``schedule_state`` (what there is), ``ledger`` (what requests hold), ``flow`` (requests forward), ``recovery``
-(requests back and out), ``liveness`` (units, edges, deadlines). What the caller and the workers owe it:
+Rooms, in scheduling/: ``state`` (what there is), ``ledger`` (what requests hold), ``flow`` (requests forward),
+``recovery`` (requests back and out), ``liveness`` (units, edges, deadlines). What the caller and the workers owe it:
 
 - Events of one rank arrive in the order in which that rank sent them, and commands to one rank are delivered in the
   order of the actions. Nothing is delivered from a process after its ``WorkerDown`` or ``Kill``.
@@ -19,9 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ditrelay.runtime.flow import Flow
-from ditrelay.runtime.ledger import Ledger, OnState
-from ditrelay.runtime.liveness import Liveness
 from ditrelay.runtime.messages import (
     Action,
     CancelRequest,
@@ -44,9 +41,12 @@ from ditrelay.runtime.messages import (
     WorkerDown,
     WorkerUp,
 )
-from ditrelay.runtime.recovery import Recovery
 from ditrelay.runtime.request import RequestState
-from ditrelay.runtime.schedule_state import EdgeState, SchedulerConfig, UnitState, UnitStatus
+from ditrelay.runtime.scheduling.flow import Flow
+from ditrelay.runtime.scheduling.ledger import Ledger, OnState
+from ditrelay.runtime.scheduling.liveness import Liveness
+from ditrelay.runtime.scheduling.recovery import Recovery
+from ditrelay.runtime.scheduling.state import EdgeState, SchedulerConfig, UnitState, UnitStatus
 from ditrelay.runtime.topology import Edge, Topology, Unit
 
 __all__ = ["EdgeSnapshot", "Scheduler", "SchedulerConfig", "SchedulerSnapshot", "UnitSnapshot"]

@@ -8,7 +8,6 @@ made and keeps its reservation. Two stages of one unit are joined by a local edg
 
 from __future__ import annotations
 
-from ditrelay.runtime.ledger import Ledger, at_worker, computed, on_edge, sign_of_life
 from ditrelay.runtime.messages import (
     Decode,
     Decoded,
@@ -27,9 +26,10 @@ from ditrelay.runtime.messages import (
     StepDone,
     Submit,
 )
-from ditrelay.runtime.recovery import Recovery
 from ditrelay.runtime.request import RequestState
-from ditrelay.runtime.schedule_state import NEXT, EdgeState, Record, Station
+from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, computed, on_edge, sign_of_life
+from ditrelay.runtime.scheduling.recovery import Recovery
+from ditrelay.runtime.scheduling.state import NEXT, EdgeState, Record, Station
 
 # One stage runs at the worker and the next one is there already, so that the way to the head never idles it.
 DISPATCH_DEPTH = 2

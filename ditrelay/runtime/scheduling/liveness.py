@@ -6,7 +6,6 @@ whatever an older generation still says is ignored. A unit that loses one member
 
 from __future__ import annotations
 
-from ditrelay.runtime.ledger import Ledger, Watch
 from ditrelay.runtime.messages import (
     CloseEdge,
     EdgeFailed,
@@ -19,8 +18,9 @@ from ditrelay.runtime.messages import (
     WorkerDown,
     WorkerUp,
 )
-from ditrelay.runtime.recovery import Recovery
-from ditrelay.runtime.schedule_state import EdgeState, Record, Station, UnitState, UnitStatus
+from ditrelay.runtime.scheduling.ledger import Ledger, Watch
+from ditrelay.runtime.scheduling.recovery import Recovery
+from ditrelay.runtime.scheduling.state import EdgeState, Record, Station, UnitState, UnitStatus
 
 # An edge that fails more often than this without one transfer in between takes its destination down.
 MAX_EDGE_FAILURES = 3

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 from ditrelay.runtime.messages import Action, Finish, Received, Stage, TransferRejected
 from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.request import LEGAL, Request, RequestState
-from ditrelay.runtime.schedule_state import (
+from ditrelay.runtime.scheduling.state import (
     EdgeState,
     EdgeStatus,
     Record,

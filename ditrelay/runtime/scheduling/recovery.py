@@ -6,7 +6,6 @@ held there is struck when the holder answers or is lost, never before.
 
 from __future__ import annotations
 
-from ditrelay.runtime.ledger import Ledger, at_worker, computed, on_edge
 from ditrelay.runtime.messages import (
     CancelRequest,
     Drop,
@@ -18,7 +17,8 @@ from ditrelay.runtime.messages import (
     TransferRejected,
 )
 from ditrelay.runtime.request import RequestState
-from ditrelay.runtime.schedule_state import STATES, EdgeState, Record, UnitState
+from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, computed, on_edge
+from ditrelay.runtime.scheduling.state import STATES, EdgeState, Record, UnitState
 
 _DOING: dict[RequestState, str] = {
     RequestState.ENCODING: "it was encoded",
