@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,32 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def provenance() -> dict[str, Any]:
     """When, where, from which commit and by which command a result came."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain", "ditrelay"], cwd=ROOT, capture_output=True, text=True)
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    dirty = _output("git", "status", "--porcelain", "ditrelay")
     script = Path(sys.argv[0]).name
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "gpus": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").splitlines(),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() + ("+" if dirty.stdout.strip() else ""),
-        "command": " ".join(["python", f"benchmarks/{script}", *sys.argv[1:]]),
+        "packages": {name: version(name) for name in ("torch", "diffusers", "transformers")},
+        "commit": commit + ("+" if dirty else ""),
+        "command": " ".join(["python", f"benchmarks/{script}", *map(_shown, sys.argv[1:])]),
     }
+
+
+def _shown(argument: str) -> str:
+    """An argument as others can use it: where a folder lies on this machine tells them nothing."""
+    return f".../{Path(argument).name}" if argument.startswith("/") else argument
+
+
+def _output(*command: str) -> str:
+    """What the command prints; empty where it is not there or fails (a machine without git, GPUs, or a repository)."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _cpu_name() -> str:

@@ -17,13 +17,14 @@ from rich.console import Console
 
 from ditrelay.cli_progress import Display, LiveDisplay, PlainDisplay
 from ditrelay.cli_report import print_report
+from ditrelay.cli_run import Job, Outcome, Run
 from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest, QueueFull, RequestFailed
 from ditrelay.runtime import logs
 from ditrelay.runtime.request import SamplingParams
 from ditrelay.runtime.server_args import ServerArgs
 
 if TYPE_CHECKING:
-    from ditrelay.engine import Engine, Progress, Result, Ticket
+    from ditrelay.engine import Engine, Progress, Ticket
     from ditrelay.models.card import ModelCard
 
 EngineFactory = Callable[[ServerArgs], "Engine"]
@@ -50,45 +51,6 @@ class Order:
     num_images: int = 1
     output: Path | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One picture or clip to make: resolved parameters and the file it goes to."""
-
-    index: int
-    params: SamplingParams
-    path: Path
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: with a result in its file, or with an error."""
-
-    job: Job
-    result: Result | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What became of ``asked`` requests.
-
-    Attributes:
-        asked: number of requests; those without an outcome were cut short.
-        outcomes: in the order of the jobs.
-        seconds: from the first submission to the last end.
-        overlap: share of the working time during which at least two stages computed.
-    """
-
-    asked: int
-    outcomes: tuple[Outcome, ...]
-    seconds: float
-    overlap: float
-
-    @property
-    def exit_code(self) -> int:
-        return 0 if sum(outcome.error is None for outcome in self.outcomes) == self.asked else 1
 
 
 def default_engine(settings: ServerArgs) -> Engine:
@@ -251,7 +213,8 @@ class _Runner:
     def report(self) -> Run:
         """What has ended so far."""
         outcomes = tuple(sorted(self._outcomes, key=lambda outcome: outcome.job.index))
-        return Run(self._asked, outcomes, self._ended - self._began, self._engine.overlap())
+        trace = self._engine.trace_files if self._engine.args.trace else None
+        return Run(self._asked, outcomes, self._ended - self._began, self._engine.overlap(), trace)
 
     @contextlib.contextmanager
     def _cancelling(self) -> Iterator[None]:

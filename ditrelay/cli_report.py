@@ -13,7 +13,7 @@ from rich.text import Text
 from ditrelay.cli_progress import printable
 
 if TYPE_CHECKING:
-    from ditrelay.cli_generate import Outcome, Run
+    from ditrelay.cli_run import Outcome, Run
     from ditrelay.engine import Result
 
 # A pipe has no width of its own; what reads it may be wide.
@@ -48,6 +48,8 @@ def print_report(run: Run, console: Console | None = None) -> None:
     files = [outcome.job.path for outcome in run.outcomes if outcome.result]
     if files:
         console.print(Text(f"wrote {_files(files)}"), soft_wrap=True)
+    if run.trace is not None:
+        console.print(Text(f"timeline: {run.trace}"), soft_wrap=True)
 
 
 def report_table(run: Run, width: int) -> Table:

@@ -92,12 +92,12 @@ def devices() -> Iterator[Check]:
 
 def features() -> Iterator[Check]:
     """Attention backends and the ways to spread a transformer over ranks."""
-    from ditrelay.models.quirks import FAMILIES
+    from ditrelay.models.quirks import FAMILIES, PLAN_FLAGS
 
     found = [name for name, modules in _ATTENTION_PACKAGES.items() if any(map(importlib.util.find_spec, modules))]
     yield Check("attention", ", ".join(["torch_sdpa", *found]))
-    for kind, flag in (("ulysses", "--sp-degree"), ("tp", "--tp-size")):
-        yield Check(flag, ", ".join(family.name for family in FAMILIES if kind in family.parallel) or "no family")
+    for plan, flag in PLAN_FLAGS.items():
+        yield Check(flag, ", ".join(family.name for family in FAMILIES if plan in family.plans))
 
 
 def self_check(num_processes: int, timeout: float) -> list[Check]:

@@ -27,6 +27,7 @@ from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus
 from ditrelay.runtime.tickets import Progress, Result, Ticket
 from ditrelay.runtime.topology import Topology
+from ditrelay.runtime.trace import TraceFiles, display_name, write_trace
 
 if TYPE_CHECKING:
     from ditrelay.runtime.controller import Controller
@@ -44,6 +45,9 @@ class Engine:
 
     The constructor checks the settings and the model folder and starts nothing; ``start`` (or ``with``) does.
 
+    Attributes:
+        trace_files: the timeline that ``close`` has written, where ``args.trace`` asks for one.
+
     Raises:
         ConfigError: a setting is wrong, the model folder is incomplete or its family is not supported.
 
@@ -55,13 +59,22 @@ class Engine:
 
     def __init__(self, args: ServerArgs) -> None:
         self.args = args
-        self.card: ModelCard = load_card(args.model_path)
+        self.card: ModelCard = load_card(args.model_path, args.load_format)
         self.topology = Topology.build(args)
-        check_parallel(self.card, args.sp_degree, args.tp_size)
+        check_parallel(
+            self.card,
+            sp=args.sp_degree,
+            ring=args.sequence_split[1],
+            tp=args.tp_size,
+            cfg=args.cfg_parallel_degree,
+        )
         self._device_type = resolve_device(args)
         self._warm = False
         self._closing = threading.Event()
         self._log = RequestLog(self.topology)
+        self.trace_files: TraceFiles | None = None
+        self._trace_due = TraceFiles.at(args.trace).check() if args.trace else None
+        self._traced_from = 0.0
         self._controller: Controller | None = None
 
     # ------------------------------------------------------------ life
@@ -110,6 +123,7 @@ class Engine:
         tickets = [self._submit(params) for _ in range(min(count, self.args.max_queue))]
         for ticket in tickets:
             ticket.result(self.args.startup_timeout)
+        self._traced_from = time.monotonic()
 
     def close(self, timeout: float = SHUTDOWN_SECONDS) -> None:
         """End all workers; requests that are not done fail. May be called twice."""
@@ -117,6 +131,17 @@ class Engine:
         if self._controller is not None:
             self._controller.stop(timeout)
         self._log.close("the engine is shut down")
+        due, self._trace_due = self._trace_due, None
+        if due and self.spans:
+            self._write_due_trace(due)
+
+    def _write_due_trace(self, files: TraceFiles) -> None:
+        try:
+            self.trace_files = self.write_trace(files.perfetto)
+        except (ConfigError, OSError) as error:  # what was drawn is not lost for it
+            logger.error("the timeline could not be written: %s", error)
+        else:
+            logger.info("Wrote the timeline: %s", self.trace_files)
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -201,6 +226,19 @@ class Engine:
         """Share of the working time during which at least two stages computed at once (see ``metrics.overlap``)."""
         return overlap(self.spans)
 
+    def write_trace(self, path: str | Path) -> TraceFiles:
+        """Write the timeline of the run so far, the warm-up left out. May be called at any time, also after ``close``.
+
+        Args:
+            path: ``.json``, for https://ui.perfetto.dev; a page (``.html``) and a picture (``.png``) go beside it.
+
+        Raises:
+            ConfigError: ``path`` has another suffix, or its folder cannot be written to.
+            OSError: a file cannot be written.
+        """
+        model = self.args.served_model_name or display_name(self.args.model_path)
+        return write_trace(path, self.spans, self.topology, model=model, since=self._traced_from)
+
 
 class AsyncTicket:
     """A ``Ticket`` for asyncio."""
@@ -277,6 +315,10 @@ class AsyncEngine:
         results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
         return results if many else results[0]
 
+    async def write_trace(self, path: str | Path) -> TraceFiles:
+        """As ``Engine.write_trace``."""
+        return await asyncio.to_thread(self._engine.write_trace, path)
+
     @property
     def ready(self) -> bool:
         return self._engine.ready
@@ -295,9 +337,13 @@ def spread(prompt: str | Sequence[str], num_images: int, sampling: dict[str, Any
 
 
 def resolve_device(args: ServerArgs) -> str:
-    """``cpu`` or ``cuda``. Raises ``ConfigError`` where there are fewer GPUs than ranks."""
+    """``cpu`` or ``cuda``. Raises ``ConfigError`` where there are fewer GPUs than ranks, or none for CUDA IPC."""
     count = 0 if args.device == "cpu" else count_gpus()
     if args.device == "cpu" or (args.device == "auto" and count == 0):
+        if args.transfer_backend == "cuda_ipc":
+            raise ConfigError(
+                "--transfer-backend", "cuda_ipc moves tensors between GPUs; on a CPU allowed: auto, torch"
+            )
         return "cpu"
     if count < args.num_gpus:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""A dozen pictures at once from 3 DiT ranks and 1 non-DiT rank on the CPU, and a contact sheet of them."""
+"""A dozen pictures at once from 3 DiT ranks and 1 non-DiT rank on the CPU, with a contact sheet and a timeline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ditrelay import ServerArgs
-from ditrelay.cli_generate import Order, Outcome, generate
+from ditrelay.cli_generate import Order, generate
+from ditrelay.cli_run import Outcome
 from ditrelay.runtime.topology import Topology
 
 OUTPUT = Path("demo-output")
@@ -43,7 +44,16 @@ CAPTION_CHARS = 24
 def main() -> int:
     for old in OUTPUT.glob("*.png"):
         old.unlink()
-    settings = ServerArgs(enable_disagg=True, num_gpus=4, num_non_dit_ranks=1, device="cpu", log_level="warning")
+    OUTPUT.mkdir(exist_ok=True)
+    settings = ServerArgs(
+        enable_disagg=True,
+        num_gpus=4,
+        num_non_dit_ranks=1,
+        device="cpu",
+        warmup=False,
+        trace=str(OUTPUT / "timeline.json"),
+        log_level="warning",
+    )
     print(Topology.build(settings).plan(), end="\n\n", flush=True)
     run = generate(settings, Order(PROMPTS, output=OUTPUT, sampling={"seed": SEED}))
     contact_sheet(run.outcomes).save(SHEET)

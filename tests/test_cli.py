@@ -20,9 +20,10 @@ from rich.console import Console
 from ditrelay import __version__, doctor
 from ditrelay.cli import main
 from ditrelay.cli_flags import normalise
-from ditrelay.cli_generate import Job, Outcome, Run, slug
+from ditrelay.cli_generate import slug
 from ditrelay.cli_progress import LiveDisplay, PlainDisplay
 from ditrelay.cli_report import report_table
+from ditrelay.cli_run import Job, Outcome, Run
 from ditrelay.engine import EngineStatus, Progress, Result, Ticket
 from ditrelay.errors import QueueFull, RequestCancelled, RequestFailed, StartupError
 from ditrelay.models.card import load_card

@@ -181,5 +181,5 @@ def test_a_failed_send_is_raised_and_not_kept_forever() -> None:
     sender.pack(outgoing)
     with pytest.raises(TransferError, match="1->0"):
         sender._send_batch_to_dit(outgoing)
-    assert len(sender.pending_sends.reap()) == 1
+    assert len(sender.pending_sends.drain(5)) == 1  # the edge's own deadline may pass a moment later
     assert len(sender.pending_sends) == 0

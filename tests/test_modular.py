@@ -28,7 +28,8 @@ from ditrelay.models.blocks import crossing, split_stages
 from ditrelay.models.card import load_card
 from ditrelay.models.components import compile_blocks, set_attention
 from ditrelay.models.folder import find_folder
-from ditrelay.models.loading import PRELOAD, LoadSpec, load_adapter, resolve_dtype
+from ditrelay.models.load_spec import LoadSpec
+from ditrelay.models.loading import PRELOAD, load_adapter, resolve_dtype
 from ditrelay.models.modular import ModularAdapter
 from ditrelay.models.pixels import open_image, to_frames
 from ditrelay.models.quirks import ATTENTION_BACKENDS, family_named

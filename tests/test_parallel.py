@@ -1,9 +1,12 @@
-"""Sequence and tensor parallelism of a transformer over two gloo ranks on the CPU."""
+"""A denoise over several gloo ranks on the CPU: sequence (Ulysses, ring), tensor and guidance parallelism."""
 
 from __future__ import annotations
 
-import io
+import json
 import multiprocessing
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,38 +14,77 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from ditrelay.errors import ConfigError
 from ditrelay.models.adapter import StageAdapter
-from ditrelay.models.card import ModelCard, check_parallel, load_card
-from ditrelay.models.loading import PRELOAD, LoadSpec, load_adapter
-from ditrelay.models.quirks import FAMILIES
+from ditrelay.models.card import check_parallel, load_card
+from ditrelay.models.components import set_attention
+from ditrelay.models.load_spec import LoadSpec
+from ditrelay.models.loading import PRELOAD, load_adapter
+from ditrelay.models.parallel import check_heads
+from ditrelay.models.quirks import FAMILIES, RING_BACKENDS
 from ditrelay.runtime.payloads import State
-from ditrelay.runtime.request import Request, SamplingParams
+from ditrelay.runtime.request import Request
 
-WORLD = 2
-SECONDS = 120.0
+SECONDS = 60.0
 TINY = {family.name: family for family in FAMILIES if family.name in tiny_models.BUILDERS}
-WITH_ULYSSES = tuple(name for name, family in TINY.items() if "ulysses" in family.parallel)
-WITH_TP = tuple(name for name, family in TINY.items() if "tp" in family.parallel)
 
 
-def _request(card: ModelCard) -> Request:
-    """Small, with an odd number of image tokens where the family allows it: two ranks get unequal parts."""
-    side = 3 * card.size_multiple
-    file = io.BytesIO()
-    Image.new("RGB", (side, side), (200, 50, 50)).save(file, "PNG")
-    params = SamplingParams(
-        prompt="a red chair",
-        height=side,
-        width=side,
-        num_frames=1 if card.media == "image" else 2 * card.frame_multiple + 1,
-        num_inference_steps=3,
-        seed=5,
-        image=file.getvalue() if card.needs_image else None,
+@dataclass(frozen=True)
+class Case:
+    """One way to spread one family's denoise.
+
+    Attributes:
+        sides: the picture's height and width in multiples of the family's own.
+        heads: with so many attention heads, and random weights; None: as the tiny model is.
+    """
+
+    family: str
+    sp: int = 1
+    ring: int = 1
+    tp: int = 1
+    cfg: int = 1
+    sides: int = 3
+    unguided: bool = False
+    offload: frozenset[str] = frozenset()
+    heads: int | None = None
+
+    def __str__(self) -> str:
+        degrees = {"ulysses": self.sp // self.ring, "ring": self.ring, "tp": self.tp, "cfg": self.cfg}
+        words = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
+        marks = " unguided" * self.unguided + " offloaded" * bool(self.offload)
+        return f"{self.family}: {' x '.join(words)}{marks}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.family}-{self.heads}-heads" if self.heads else self.family
+
+    @property
+    def ranks(self) -> int:
+        return self.sp * self.tp * self.cfg
+
+
+def _with(plan: str) -> list[str]:
+    return [name for name, family in TINY.items() if plan in family.plans]
+
+
+# A sequence over Ulysses x ring must divide by the product; everything else takes any length.
+CASES = {
+    str(case): case
+    for case in (
+        *(Case(name, sp=2) for name in _with("sp")),
+        *(Case(name, sp=2, ring=2) for name in _with("ring")),
+        *(Case(name, tp=2) for name in _with("tp")),
+        *(Case(name, cfg=2) for name in _with("cfg")),
+        *(Case(name, cfg=2, unguided=True) for name in _with("cfg")),
+        *(Case(name, cfg=2, sp=2) for name in _with("cfg") if name in _with("sp")),
+        *(Case(name, cfg=2, tp=2) for name in _with("cfg") if name in _with("tp")),
+        *(Case(name, sp=4, ring=2, sides=4) for name in ("flux", "wan")),
+        *(Case(name, sp=2, tp=2, heads=4) for name in _with("tp") if name in _with("sp")),
+        *(Case(name, sp=2, ring=2, tp=2) for name in _with("tp") if name in _with("ring")),
+        *(Case(name, sp=2, offload=frozenset({"dit"})) for name in ("flux", "wan")),
     )
-    return Request(request_id="r", params=card.resolve(params))
+}
 
 
 def _denoise(adapter: StageAdapter, request: Request, state: State, *, stop_after: int | None = None) -> torch.Tensor:
@@ -57,40 +99,59 @@ def _denoise(adapter: StageAdapter, request: Request, state: State, *, stop_afte
     return latents
 
 
-def _difference(folder: str, *, sp: int = 1, tp: int = 1) -> float:
+def _difference(case: Case, root: str) -> float:
     """How far the latents of this rank's part of a parallel run are from those of a run alone."""
-    card = load_card(folder)
-    request = _request(card)
-    alone = load_adapter(LoadSpec(card=card, roles=frozenset({"encode", "denoise"})))
-    split = load_adapter(LoadSpec(card=card, roles=frozenset({"denoise"}), sp=sp, tp=tp))
+    load_format = "dummy" if case.heads else "auto"
+    card = load_card(f"{root}/{case.folder}", load_format)
+    side = case.sides * card.size_multiple
+    guidance = {"guidance_scale": card.guidance_above} if case.unguided else {}
+    request = tiny_models.small_request(card, height=side, width=side, **guidance)
+    one = LoadSpec(card=card, roles=frozenset({"encode", "denoise"}), load_format=load_format)
+    alone = load_adapter(one)
+    degrees = {"sp": case.sp, "ring": case.ring, "tp": case.tp, "cfg": case.cfg}
+    split = load_adapter(replace(one, roles=frozenset({"denoise"}), offload=case.offload, **degrees))
     state = alone.encode([request])
     for step in (1, 2):
         _denoise(split, request, state, stop_after=step)
     return float((_denoise(split, request, state) - _denoise(alone, request, state)).abs().max())
 
 
-def _rank(rank: int, port: int, root: str, out: str) -> None:
+def _rank(rank: int, world: int, port: int, root: str, out: str) -> None:
     torch.set_num_threads(1)
     patience = timedelta(seconds=SECONDS)
-    store = dist.TCPStore("127.0.0.1", port, WORLD, rank == 0, patience)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=patience)
+    store = dist.TCPStore("127.0.0.1", port, world, rank == 0, patience)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
     with torch.no_grad():
-        differences = {f"sp {name}": _difference(f"{root}/{name}", sp=WORLD) for name in WITH_ULYSSES}
-        differences |= {f"tp {name}": _difference(f"{root}/{name}", tp=WORLD) for name in WITH_TP}
+        differences = {name: _difference(case, root) for name, case in CASES.items() if case.ranks == world}
     torch.save(differences, f"{out}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def differences(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
-    """Per rank: the largest difference of each family and kind. One start of two processes for all of them."""
-    root, out = tmp_path_factory.getbasetemp() / "tiny", tmp_path_factory.mktemp("parallel")
-    for name in {*WITH_ULYSSES, *WITH_TP}:
-        tiny_models.build(name, root)
+def differences(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, float]]]:
+    """By number of ranks: per rank, the largest difference of each case. One start of the processes for all of them."""
+    root = tmp_path_factory.getbasetemp() / "tiny"
+    for case in CASES.values():
+        made = tiny_models.build(case.family, root)
+        if case.heads:
+            config = shutil.copytree(made, root / case.folder, dirs_exist_ok=True) / "transformer" / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": case.heads}))
+    results: dict[int, list[dict[str, float]]] = {}
+
+    def of(world: int) -> list[dict[str, float]]:
+        if world not in results:
+            results[world] = []  # what stays where the run fails: it is not repeated for each case
+            results[world] = _run(world, root, tmp_path_factory.mktemp(f"parallel{world}"))
+        return results[world]
+
+    return of
+
+
+def _run(world: int, root: Path, out: Path) -> list[dict[str, float]]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
     port = dist.TCPStore("127.0.0.1", 0, is_master=True).port  # closed at once: free for the ranks
-    ranks = [context.Process(target=_rank, args=(rank, port, str(root), str(out))) for rank in range(WORLD)]
+    ranks = [context.Process(target=_rank, args=(rank, world, port, str(root), str(out))) for rank in range(world)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -98,8 +159,8 @@ def differences(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, floa
         if process.is_alive():
             process.kill()
             pytest.fail(f"a rank did not end within {SECONDS} s")
-    assert [process.exitcode for process in ranks] == [0] * WORLD
-    return [_load(out / f"rank{rank}.pt") for rank in range(WORLD)]
+    assert [process.exitcode for process in ranks] == [0] * world
+    return [_load(out / f"rank{rank}.pt") for rank in range(world)]
 
 
 def _load(path: Path) -> dict[str, float]:
@@ -107,17 +168,76 @@ def _load(path: Path) -> dict[str, float]:
     return result
 
 
-@pytest.mark.parametrize("kind", [f"sp {name}" for name in WITH_ULYSSES] + [f"tp {name}" for name in WITH_TP])
-def test_two_ranks_give_the_latents_of_one_also_after_cancels(differences: list[dict[str, float]], kind: str) -> None:
-    assert all(rank[kind] < 1e-5 for rank in differences)
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_together_give_the_latents_of_one_also_after_cancels(
+    differences: Callable[[int], list[dict[str, float]]], name: str
+) -> None:
+    case = CASES[name]
+    found = differences(case.ranks)
+    assert len(found) == case.ranks and all(rank[name] < 1e-5 for rank in found)
 
 
-def test_a_family_without_a_plan_is_refused_naming_those_that_have_one() -> None:
+def test_a_family_without_a_plan_is_refused_naming_those_that_have_one(tmp_path: Path) -> None:
     card = load_card("builtin:emoji")
-    check_parallel(card, 1, 1)
+    check_parallel(card, cfg=2)
     with pytest.raises(ConfigError, match=r"--sp-degree: z-image .* flux, .*wan"):
-        check_parallel(card, 2, 1)
+        check_parallel(card, sp=2)
     with pytest.raises(ConfigError, match=r"--tp-size: z-image .* flux, .*qwen-image"):
-        check_parallel(card, 1, 2)
-    with pytest.raises(ConfigError, match="--tp-size.*combined with --sp-degree"):
-        check_parallel(card, 2, 2)
+        check_parallel(card, tp=2)
+    masked = load_card(str(tiny_models.build("qwen-image", tmp_path)))
+    with pytest.raises(ConfigError, match=r"--ring-degree: qwen-image .* flux, .*wan"):
+        check_parallel(masked, sp=2, ring=2)
+    embedded = load_card(str(tiny_models.build("flux", tmp_path)))
+    with pytest.raises(ConfigError, match=r"--cfg-parallel-degree: flux .* z-image, .*ltx"):
+        check_parallel(embedded, cfg=2)
+
+
+class _Transformer:
+    """Takes the attention backends given and remembers the one that was set."""
+
+    def __init__(self, *usable: str) -> None:
+        self.usable = usable
+        self.backend: str | None = None
+
+    def set_attention_backend(self, name: str) -> None:
+        if name not in self.usable:
+            raise RuntimeError(f"{name} is not installed")
+        self.backend = name
+
+
+@pytest.mark.parametrize(
+    ("backend", "degrees", "usable", "chosen"),
+    [
+        ("auto", {}, ("native",), None),
+        ("fa", {}, ("_flash_3", "flash", "native"), "_flash_3"),
+        ("fa", {"sp": 2}, ("_flash_3", "flash", "native"), "flash"),
+        ("auto", {"sp": 2, "ring": 2}, ("native", "_native_cudnn"), "_native_cudnn"),
+        ("fa", {"sp": 2, "ring": 2}, ("flash", "_native_cudnn"), "flash"),
+        ("fa", {"sp": 2, "ring": 2}, ("_native_cudnn",), "_native_cudnn"),
+    ],
+)
+def test_attention_kernels_on_a_gpu_can_do_what_the_degrees_need(
+    backend: str, degrees: dict[str, int], usable: tuple[str, ...], chosen: str | None
+) -> None:
+    transformer = _Transformer(*usable)
+    set_attention(transformer, backend, torch.device("cuda"), **degrees)
+    assert transformer.backend == chosen
+
+
+@pytest.mark.parametrize(
+    ("heads", "ulysses", "ring", "fits"),
+    [(24, 3, 1, True), (24, 5, 1, True), (24, 7, 1, False), (12, 8, 1, False), (1, 2, 1, False), (24, 5, 2, False)],
+)
+def test_attention_heads_that_ulysses_cannot_share_out_are_refused(
+    heads: int, ulysses: int, ring: int, fits: bool
+) -> None:
+    if fits:
+        return check_heads(heads, ulysses=ulysses, ring=ring)
+    with pytest.raises(ConfigError, match=f"--ulysses-degree: {ulysses} .* {heads} attention heads; allowed: .*1"):
+        check_heads(heads, ulysses=ulysses, ring=ring)
+
+
+def test_ring_attention_is_refused_where_no_kernel_can_do_it() -> None:
+    with pytest.raises(ConfigError, match="--ring-degree.*--attention-backend xformers.*allowed.*auto, fa"):
+        set_attention(_Transformer("xformers", "native"), "xformers", torch.device("cuda"), sp=2, ring=2)
+    assert "xformers" not in RING_BACKENDS

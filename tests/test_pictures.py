@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline
 from ditrelay import Engine, SamplingParams, ServerArgs
 from ditrelay.errors import ConfigError
 from ditrelay.models.card import load_card
-from ditrelay.models.loading import LoadSpec, load_adapter
+from ditrelay.models.load_spec import LoadSpec
+from ditrelay.models.loading import load_adapter
 from ditrelay.runtime.pipelines_core.executors.sync_executor import SyncExecutor
 from ditrelay.runtime.pipelines_core.pipeline import Batch
 from ditrelay.runtime.pipelines_core.stages import build_pipeline

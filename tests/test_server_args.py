@@ -116,6 +116,43 @@ def test_parallel_degrees_must_fit_the_dit_ranks() -> None:
 
 
 @pytest.mark.parametrize(
+    "given, degrees",
+    [
+        ({}, (1, 1)),
+        ({"sp_degree": 4}, (4, 1)),
+        ({"ulysses_degree": 2}, (2, 1)),
+        ({"ring_degree": 2}, (1, 2)),
+        ({"ulysses_degree": 2, "ring_degree": 2}, (2, 2)),
+        ({"sp_degree": 4, "ring_degree": 2}, (2, 2)),
+        ({"sp_degree": 4, "ulysses_degree": 4}, (4, 1)),
+        ({"sp_degree": 4, "ulysses_degree": 1}, (1, 4)),
+    ],
+)
+def test_sequence_degrees_that_are_not_given_follow_from_the_others(
+    given: dict[str, int], degrees: tuple[int, int]
+) -> None:
+    args = ServerArgs(num_gpus=4, **given)
+    assert args.sequence_split == degrees and args.sp_degree == math.prod(degrees)
+    assert dataclasses.replace(args) == args
+
+
+@pytest.mark.parametrize(
+    "given, flag, allowed",
+    [
+        ({"sp_degree": 4, "ulysses_degree": 2, "ring_degree": 1}, "--sp-degree", "allowed: 2"),
+        ({"sp_degree": 4, "ulysses_degree": 3}, "--ulysses-degree", "allowed: 1, 2, 4"),
+        ({"sp_degree": 2, "ring_degree": 4}, "--ring-degree", "allowed: 1, 2"),
+        ({"ulysses_degree": 4, "ring_degree": 4}, "--sp-degree", "at most 8"),
+        ({"sp_degree": 4, "cfg_parallel_degree": 2, "tp_size": 2}, "--sp-degree", "at most 8"),
+        ({"cfg_parallel_degree": 3}, "--cfg-parallel-degree", "from 1 to 2"),
+    ],
+)
+def test_contradicting_degrees_are_refused_by_name(given: dict[str, int], flag: str, allowed: str) -> None:
+    error = refused(num_gpus=8, **given)
+    assert error.flag == flag and allowed in str(error)
+
+
+@pytest.mark.parametrize(
     "given, split",
     [
         ({}, None),

@@ -12,7 +12,8 @@ import tiny_models
 import torch
 
 from ditrelay.models.card import load_card
-from ditrelay.models.loading import LoadSpec, load_adapter
+from ditrelay.models.load_spec import LoadSpec
+from ditrelay.models.loading import load_adapter
 from ditrelay.models.standard import StandardAdapter
 from ditrelay.runtime.request import Request, SamplingParams
 from ditrelay.runtime.topology import COLOCATED

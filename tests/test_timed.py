@@ -15,7 +15,8 @@ import torch
 from ditrelay.errors import InvalidRequest, UnsupportedModel
 from ditrelay.models.adapter import StageAdapter
 from ditrelay.models.card import ModelCard, load_card
-from ditrelay.models.loading import LoadSpec, load_adapter
+from ditrelay.models.load_spec import LoadSpec
+from ditrelay.models.loading import load_adapter
 from ditrelay.runtime.communication.codec import decode_payload, encode_state
 from ditrelay.runtime.payloads import State, StateValue
 from ditrelay.runtime.request import Request, SamplingParams

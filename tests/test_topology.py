@@ -10,8 +10,8 @@ from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.topology import COLOCATED, DECODE, DIT, ENCODE, NON_DIT, Edge, Topology, Unit, role_name
 
 
-def disagg(num_gpus: int, *, cfg_degree: int = 1, **values: Any) -> Topology:
-    return Topology.build(ServerArgs(enable_disagg=True, num_gpus=num_gpus, **values), cfg_degree=cfg_degree)
+def disagg(num_gpus: int, **values: Any) -> Topology:
+    return Topology.build(ServerArgs(enable_disagg=True, num_gpus=num_gpus, **values))
 
 
 def members(topology: Topology) -> list[tuple[int, ...]]:
@@ -60,10 +60,15 @@ def test_colocated_ranks_need_no_edges() -> None:
 
 
 def test_sequence_parallel_shrinks_before_tensor_and_guidance_parallel() -> None:
-    topology = disagg(8, sp_degree=2, tp_size=2, cfg_degree=1)
+    topology = disagg(8, sp_degree=2, tp_size=2)
     assert [(unit.sp, unit.tp) for unit in topology.units[:-1]] == [(2, 2), (1, 2), (1, 1)]
-    guided = disagg(4, sp_degree=2, cfg_degree=2)
-    assert [(unit.sp, unit.cfg) for unit in guided.units[:-1]] == [(1, 2), (1, 1)]
+    guided = disagg(8, sp_degree=2, cfg_parallel_degree=2)
+    assert [(unit.sp, unit.cfg) for unit in guided.units[:-1]] == [(2, 2), (1, 2), (1, 1)]
+
+
+def test_a_smaller_replica_keeps_the_ring_as_far_as_it_fits() -> None:
+    topology = disagg(12, ulysses_degree=2, ring_degree=4)
+    assert [(unit.sp, unit.ring) for unit in topology.units[:-1]] == [(8, 4), (2, 2), (1, 1)]
 
 
 def test_smaller_replica_takes_only_degrees_that_divide_the_full_one() -> None:
@@ -78,16 +83,17 @@ def test_smaller_replica_takes_only_degrees_that_divide_the_full_one() -> None:
     non_dit=st.integers(0, 6),
 )
 def test_every_rank_is_in_exactly_one_unit(ranks: int, sp: int, tp: int, cfg: int, non_dit: int) -> None:
-    if sp * tp > ranks:
+    if sp * tp * cfg > ranks:
         return
     args = ServerArgs(
         num_gpus=ranks + non_dit,
         sp_degree=sp,
         tp_size=tp,
+        cfg_parallel_degree=cfg,
         enable_disagg=non_dit > 0,
         num_non_dit_ranks=max(non_dit, 1),
     )
-    topology = Topology.build(args, cfg_degree=cfg)
+    topology = Topology.build(args)
     assert [rank for unit in topology.units for rank in unit.members] == list(range(ranks + non_dit))
     for unit in topology.units:
         assert unit.sp * unit.tp * unit.cfg == len(unit.members)
@@ -120,4 +126,4 @@ def test_plan_shows_replicas_degrees_and_edges() -> None:
 def test_plan_fits_a_hundred_columns_however_many_edges() -> None:
     plan = disagg(122, sp_degree=2, num_non_dit_ranks=2, num_encoder_ranks=1).plan()
     assert max(map(len, plan.splitlines())) == 100
-    assert "sp x tp x cfg" in disagg(5, cfg_degree=2).plan()
+    assert "sp x tp x cfg" in disagg(5, cfg_parallel_degree=2).plan()

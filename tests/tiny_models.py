@@ -1,7 +1,8 @@
-"""Builders of tiny random-weight models in the diffusers folder format, one per family."""
+"""Builders of tiny random-weight models in the diffusers folder format, one per family, and requests for them."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,11 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from PIL import Image
+from small_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
-_CORPUS = [
-    "a cat sitting on a red chair in the sun",
-    "a small boat on the blue sea at night",
-    "photo of a city street with rain and neon lights",
-    "low quality, blurry, bad anatomy",
-] * 3
-_QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-_QWEN_SPECIAL += ["<|image_pad|>", "<|video_pad|>"]
-_CHAT = (
-    "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from ditrelay.models.card import ModelCard
+from ditrelay.runtime.request import Request, SamplingParams
 
 
 def build(family: str, root: Path) -> Path:
@@ -38,52 +30,28 @@ def build(family: str, root: Path) -> Path:
     return folder
 
 
+def small_request(card: ModelCard, **params: Any) -> Request:
+    """Three steps, with an odd number of image tokens where the family allows it: two ranks get unequal parts."""
+    side = 3 * card.size_multiple
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (200, 50, 50)).save(file, "PNG")
+    defaults = dict(
+        prompt="a red chair",
+        height=side,
+        width=side,
+        num_frames=1 if card.media == "image" else 2 * card.frame_multiple + 1,
+        num_inference_steps=3,
+        seed=5,
+        image=file.getvalue() if card.needs_image else None,
+    )
+    return Request(request_id="r", params=card.resolve(SamplingParams(**defaults | params)))
+
+
 def _liven(module: torch.nn.Module) -> None:
     """Some layers start at zero; without this a transformer could return zeros whatever it is given."""
     for parameter in module.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
-
-
-# ---------------------------------------------------------------- tokenizers
-
-
-def _bpe(size: int, special: list[str], suffix: str = "") -> tuple[dict[str, int], list[tuple[str, str]]]:
-    options = {"end_of_word_suffix": suffix} if suffix else {}
-    tokenizer = Tokenizer(models.BPE(**options))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False, **options
-    )
-    tokenizer.train_from_iterator(_CORPUS, trainer)
-    vocab = tokenizer.get_vocab()
-    for letter in alphabet:
-        vocab.setdefault(letter + suffix, len(vocab))
-    # a merge is known by its result; those of two parts that are both in the vocabulary are enough
-    merges = [(word[:i], word[i:]) for word in vocab for i in range(1, len(word)) if not word.startswith("<|")]
-    return vocab, [pair for pair in merges if pair[0] in vocab and pair[1] in vocab]
-
-
-def _clip_tokenizer() -> Any:
-    vocab, merges = _bpe(600, ["<|startoftext|>", "<|endoftext|>"], "</w>")
-    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
-
-
-def _t5_tokenizer() -> Any:
-    words = sorted({word.strip(",") for line in _CORPUS for word in line.split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [("▁" + word, -3.0) for word in words] + [(letter, -5.0) for letter in "abcdefghijklmnopqrstuvwxyz,."]
-    return transformers.T5TokenizerFast(vocab=pieces, extra_ids=0)
-
-
-def _qwen_tokenizer(chat: bool = False) -> Any:
-    vocab, merges = _bpe(500, _QWEN_SPECIAL)
-    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    if chat:
-        tokenizer.chat_template = _CHAT
-    return tokenizer
 
 
 # ---------------------------------------------------------------- parts used by several families
@@ -151,7 +119,7 @@ def _flow(**options: Any) -> Any:
 
 
 def _z_image() -> Any:
-    tokenizer = _qwen_tokenizer(chat=True)
+    tokenizer = qwen_tokenizer(chat=True)
     transformer = diffusers.ZImageTransformer2DModel(
         all_patch_size=(2,),
         all_f_patch_size=(1,),
@@ -178,7 +146,7 @@ def _z_image() -> Any:
 
 
 def _flux(guidance_embeds: bool = True) -> Any:
-    clip, t5 = _clip_tokenizer(), _t5_tokenizer()
+    clip, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -202,7 +170,7 @@ def _flux(guidance_embeds: bool = True) -> Any:
 
 
 def _flux2_klein(is_distilled: bool = False) -> Any:
-    tokenizer = _qwen_tokenizer(chat=True)
+    tokenizer = qwen_tokenizer(chat=True)
     transformer = diffusers.Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -236,7 +204,7 @@ def _flux2_klein(is_distilled: bool = False) -> Any:
 
 
 def _qwen_image() -> Any:
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default")
     text |= dict(vocab_size=len(tokenizer), max_position_embeddings=2048, rope_scaling=rope, rope_theta=1e6)
@@ -277,7 +245,7 @@ def _qwen_image() -> Any:
 
 
 def _sd3() -> Any:
-    clip, clip_2, t5 = _clip_tokenizer(), _clip_tokenizer(), _t5_tokenizer()
+    clip, clip_2, t5 = clip_tokenizer(), clip_tokenizer(), t5_tokenizer()
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=32,
         patch_size=2,
@@ -305,7 +273,7 @@ def _sd3() -> Any:
 
 
 def _wan_parts(**transformer: Any) -> dict[str, Any]:
-    tokenizer = _t5_tokenizer()
+    tokenizer = t5_tokenizer()
     return dict(
         tokenizer=tokenizer,
         text_encoder=_t5(tokenizer, umt5=True),
@@ -351,7 +319,7 @@ def _wan_i2v() -> Any:
 
 
 def _ltx() -> Any:
-    tokenizer = _t5_tokenizer()
+    tokenizer = t5_tokenizer()
     transformer = diffusers.LTXVideoTransformer3DModel(
         in_channels=8,
         out_channels=8,
@@ -382,7 +350,7 @@ def _ltx() -> Any:
 
 
 def _cogvideox() -> Any:
-    tokenizer = _t5_tokenizer()
+    tokenizer = t5_tokenizer()
     transformer = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=4,
         attention_head_dim=8,

@@ -10,7 +10,7 @@ import msgspec
 
 from ditrelay.errors import ConfigError, InvalidRequest, UnsupportedModel
 from ditrelay.models.folder import BUILTIN_PREFIX, ModelFolder, find_folder
-from ditrelay.models.quirks import BUILTINS, FAMILIES, Adapter, Family, Media, find_family
+from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Family, Media, find_family
 from ditrelay.models.sizes import Sizes, sizes_of
 from ditrelay.models.timed_options import TIMED_PREFIX, TimedOptions
 from ditrelay.runtime.request import SamplingParams
@@ -32,7 +32,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         size_multiple: height and width are multiples of it (pixels).
         frame_multiple: the number of frames is k * frame_multiple + 1; 1: any number.
         guidance_above: classifier-free guidance, and with it the negative prompt, has an effect above this scale.
-        parallel: ``ulysses`` and ``tp`` where the transformer can be split that way.
+        parallel: which of ``sp``, ``ring``, ``tp`` and ``cfg`` can spread a denoise over ranks (``Family.plans``).
     """
 
     path: str
@@ -86,15 +86,19 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         return resolved
 
 
-def load_card(model_path: str) -> ModelCard:
+def load_card(model_path: str, load_format: str = "auto") -> ModelCard:
     """The card of ``builtin:emoji``, ``builtin:timed?...``, a diffusers folder, or a hub id (which may be downloaded).
+
+    Args:
+        load_format: ``dummy`` needs no weight files.
 
     Raises:
         UnsupportedModel: the folder, a component or a file is missing or damaged, or the family is not supported.
     """
     if model_path.partition("?")[0] == TIMED_PREFIX:
         return _timed_card(model_path)
-    folder = ModelFolder(find_folder(model_path))
+    weights = load_format != "dummy"
+    folder = ModelFolder(find_folder(model_path, weights=weights))
     pipeline_class = str(folder.index.get("_class_name"))
     family = find_family(pipeline_class, folder.index)
     if family is None:
@@ -103,7 +107,7 @@ def load_card(model_path: str) -> ModelCard:
     for needed in ("transformer", "vae", "scheduler"):
         if needed not in folder.components:
             raise UnsupportedModel(f"{folder.path / 'model_index.json'} names no {needed}")
-    folder.check()
+    folder.check(weights=weights)
     card = _card(model_path, folder, family)
     builtin = BUILTINS.get(model_path.removeprefix(BUILTIN_PREFIX)) if model_path.startswith(BUILTIN_PREFIX) else None
     if builtin is None:
@@ -118,17 +122,15 @@ def load_card(model_path: str) -> ModelCard:
     )
 
 
-def check_parallel(card: ModelCard, sp: int, tp: int) -> None:
-    """Refuse a degree of sequence (``sp``) or tensor parallelism (``tp``) that the model has no plan for.
+def check_parallel(card: ModelCard, *, sp: int = 1, ring: int = 1, tp: int = 1, cfg: int = 1) -> None:
+    """Refuse a degree of sequence, tensor or guidance parallelism that the model has no plan for.
 
     Raises:
         ConfigError: names the flag and the families that have such a plan.
     """
-    if sp > 1 and tp > 1 and card.adapter != "timed":
-        raise ConfigError("--tp-size", "can't be combined with --sp-degree for any family yet; leave one of them at 1")
-    for flag, degree, plan in (("--sp-degree", sp, "ulysses"), ("--tp-size", tp, "tp")):
+    for (plan, flag), degree in zip(PLAN_FLAGS.items(), (sp, ring, tp, cfg), strict=True):
         if degree > 1 and plan not in card.parallel:
-            able = ", ".join(family.name for family in FAMILIES if plan in family.parallel)
+            able = ", ".join(family.name for family in FAMILIES if plan in family.plans)
             raise ConfigError(flag, f"{card.family} has no plan for {flag} {degree}; families that have one: {able}")
 
 
@@ -164,7 +166,7 @@ def _card(name: str, folder: ModelFolder, family: Family) -> ModelCard:
         supports_negative_prompt=guidance.negative is not None,
         supports_guidance=guidance.via != "none" and (flag is None or bool(transformer.get(flag))),
         guidance_above=guidance.above,
-        parallel=family.parallel,
+        parallel=family.plans,
     )
 
 
@@ -187,7 +189,7 @@ def _timed_card(model_path: str) -> ModelCard:
         default_width=32,
         default_num_inference_steps=options.steps,
         default_guidance_scale=0.0,
-        parallel=("ulysses", "tp"),
+        parallel=("sp", "ring", "tp", "cfg"),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -13,13 +14,15 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from ditrelay.errors import UnsupportedModel
+from ditrelay.errors import ConfigError, UnsupportedModel
+from ditrelay.models.dummy import build_dummy
 from ditrelay.models.folder import LIBRARIES, ModelFolder, check_component
-from ditrelay.models.parallel import enable_parallel
-from ditrelay.models.quirks import ATTENTION_BACKENDS
+from ditrelay.models.offload import Parked, offload_blocks, offload_name
+from ditrelay.models.parallel import ReplicaMesh, supports_context_parallel
+from ditrelay.models.quirks import ATTENTION_BACKENDS, RING_BACKENDS
 
 if TYPE_CHECKING:
-    from ditrelay.models.loading import LoadSpec
+    from ditrelay.models.load_spec import LoadSpec
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,11 @@ _LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, Runtim
 
 
 class ComponentStore:
-    """The components of one rank, each loaded at most once, so that roles on one rank share them."""
+    """The components of one rank, each loaded at most once, so that roles on one rank share them.
+
+    Attributes:
+        mesh: the ranks of the replica, from when the transformer is loaded; None for one rank.
+    """
 
     def __init__(self, folder: ModelFolder, spec: LoadSpec) -> None:
         quiet_libraries()
@@ -36,6 +43,8 @@ class ComponentStore:
         self._device = torch.device(spec.device)
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._loaded: dict[str, Any] = {}
+        self._parked: dict[str, Parked] = {}
+        self.mesh: ReplicaMesh | None = None
 
     def get(self, name: str) -> Any:
         """The component, on the device and in the dtype of the spec.
@@ -47,8 +56,18 @@ class ComponentStore:
             component = self._load(name)
             if name == "transformer":
                 self._prepare(component)
+            elif self._is_offloaded(name) and isinstance(component, torch.nn.Module):
+                self._parked[name] = Parked(component, self._device)
             self._loaded[name] = component
         return self._loaded[name]
+
+    @contextmanager
+    def on_device(self, names: Iterable[str]) -> Iterator[None]:
+        """Those of the named components that are parked in host memory are on the device inside the block."""
+        with ExitStack() as stack:
+            for name in sorted(self._parked.keys() & set(names)):  # sorted: two threads never wait for each other
+                stack.enter_context(self._parked[name])
+            yield
 
     def needed_by(self, specs: Iterable[Any]) -> list[str]:
         """Of diffusers' component specs, those to be loaded from the folder; the others are made from a config."""
@@ -76,10 +95,13 @@ class ComponentStore:
     def _load(self, name: str) -> Any:
         cls = self._class(name)
         path = self._folder.path / name
-        check_component(path)
+        is_dummy = self._spec.load_format == "dummy"
+        check_component(path, weights=not is_dummy)
         try:
             if not issubclass(cls, torch.nn.Module):
                 return cls.from_pretrained(str(path), local_files_only=True)
+            if is_dummy:
+                return build_dummy(cls, path, dtype=self._dtype, device=self._device, home=self._home(name))
             model, info = cls.from_pretrained(
                 str(path), dtype=self._dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -87,25 +109,46 @@ class ComponentStore:
             raise UnsupportedModel(f"{path} can't be loaded as {cls.__name__}: {_first_line(error)}") from error
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedModel(f"the weights in {path} lack {len(missing)} tensors, for instance {missing[0]}")
-        return model.requires_grad_(False).to(self._device)
+        return model.requires_grad_(False).to(self._home(name))
+
+    def _home(self, name: str) -> torch.device:
+        """Where the component's weights are while nothing runs."""
+        return torch.device("cpu") if self._is_offloaded(name) else self._device
+
+    def _is_offloaded(self, name: str) -> bool:
+        return offload_name(name) in self._spec.offload
 
     def _prepare(self, transformer: Any) -> None:
         """Attention kernels first (parallelism checks them), compilation last (it sees the hooks of the others)."""
-        set_attention(transformer, self._spec.attention_backend, self._device)
-        enable_parallel(transformer, sp=self._spec.sp, tp=self._spec.tp, device=self._device)
-        if self._spec.torch_compile:
+        spec = self._spec
+        set_attention(transformer, spec.attention_backend, self._device, sp=spec.sp, ring=spec.ring)
+        if spec.ranks > 1:
+            self.mesh = ReplicaMesh(spec, self._device)
+            self.mesh.split(transformer)
+        if self._is_offloaded("transformer"):
+            offload_blocks(transformer, self._device)
+        if spec.torch_compile:
             compile_blocks(transformer)
 
 
-def set_attention(transformer: Any, backend: str, device: torch.device) -> None:
+def set_attention(transformer: Any, backend: str, device: torch.device, *, sp: int = 1, ring: int = 1) -> None:
     """Choose the attention kernels: the first of the backend's candidates that works here; a later one with a warning.
 
     Args:
         backend: a key of ``quirks.ATTENTION_BACKENDS``.
+        sp: above 1 only kernels that diffusers can run sequence parallel are tried.
+        ring: above 1 only kernels that ring attention can use are tried.
+
+    Raises:
+        ConfigError: none of the candidates works with ring attention.
     """
     candidates = ATTENTION_BACKENDS[backend]
+    if ring > 1 and device.type != "cpu":
+        candidates = RING_BACKENDS.get(backend, ())
     for name in candidates:
         if device.type == "cpu" and name != "native":
+            continue
+        if sp > 1 and not supports_context_parallel(name):
             continue
         try:
             transformer.set_attention_backend(name)
@@ -115,6 +158,12 @@ def set_attention(transformer: Any, backend: str, device: torch.device) -> None:
         if name == "native" and name != candidates[0]:
             logger.warning("--attention-backend %s is not available here; using torch's own attention", backend)
         return
+    if ring > 1 and device.type != "cpu":
+        raise ConfigError(
+            "--ring-degree",
+            f"ring attention needs the log-sum-exp of its kernels; none of --attention-backend {backend} gives it; "
+            f"allowed: --attention-backend {', '.join(RING_BACKENDS)}, or --ulysses-degree",
+        )
 
 
 def compile_blocks(transformer: Any) -> None:

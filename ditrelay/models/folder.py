@@ -45,16 +45,18 @@ class ModelFolder:
         """The component's ``config.json``."""
         return read_json(self.path / component / "config.json")
 
-    def check(self) -> None:
+    def check(self, *, weights: bool = True) -> None:
         """Raise ``UnsupportedModel``, naming the file, for the first thing missing or damaged in any component."""
         for name, (library, class_name) in self.components.items():
             if library not in LIBRARIES:
                 raise UnsupportedModel(f"{name} is a {library}.{class_name}; code that comes with a model is not run")
-            check_component(self.path / name)
+            check_component(self.path / name, weights=weights)
 
 
-def find_folder(model_path: str) -> Path:
+def find_folder(model_path: str, *, weights: bool = True) -> Path:
     """The folder of ``builtin:NAME``, of a path, or of a hub id (``owner/name``, downloaded when it is not cached).
+
+    Without ``weights``, a download leaves them out.
 
     Raises:
         UnsupportedModel: nothing is there.
@@ -65,7 +67,7 @@ def find_folder(model_path: str) -> Path:
     if path.is_dir():
         return path.resolve()
     if _HUB_ID.fullmatch(model_path):
-        return _download(model_path)
+        return _download(model_path, weights)
     raise UnsupportedModel(f"there is no folder {model_path!r}; give a diffusers folder, a hub id or builtin:emoji")
 
 
@@ -75,12 +77,13 @@ def _builtin(name: str) -> Path:
     return Path(str(resources.files("ditrelay"))) / "assets" / name
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, weights: bool) -> Path:
     import httpx  # both only here: seconds to import, and needed for hub ids alone
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    patterns = ["model_index.json"] + [f"*/*{end}" for end in (".json", ".safetensors", ".txt", ".model", ".jinja")]
+    endings = [".json", ".txt", ".model", ".jinja"] + [".safetensors"] * weights
+    patterns = ["model_index.json"] + [f"*/*{ending}" for ending in endings]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
@@ -107,7 +110,7 @@ def _parse_json(path: Path) -> Any:
         raise UnsupportedModel(f"{path} is damaged: {error}") from error
 
 
-def check_component(folder: Path) -> None:
+def check_component(folder: Path, *, weights: bool = True) -> None:
     """Look for the component's config, and for each weight file that it should have. Reads headers only.
 
     Raises:
@@ -122,8 +125,9 @@ def check_component(folder: Path) -> None:
             raise UnsupportedModel(f"{folder} has no config; one of {', '.join(_CONFIG_NAMES)} is needed")
         return
     read_json(folder / "config.json")
-    for weights in _weight_files(folder):
-        _check_safetensors(weights)
+    if weights:
+        for file in _weight_files(folder):
+            _check_safetensors(file)
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:

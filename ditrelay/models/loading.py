@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ditrelay.errors import ConfigError
-from ditrelay.models.card import ModelCard
+from ditrelay.models.load_spec import LoadSpec
 from ditrelay.models.timed_options import TimedOptions
 
 if TYPE_CHECKING:
     from ditrelay.models.adapter import StageAdapter
-    from ditrelay.runtime.topology import Role
 
 # What a forkserver imports so that its workers load fast: everything that loading any supported family imports, and
 # what the built-in model needs.
@@ -28,28 +26,6 @@ PRELOAD: tuple[str, ...] = (
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class LoadSpec:
-    """What one rank loads.
-
-    Attributes:
-        device: ``cpu`` or ``cuda:N``.
-        dtype: one of ``DTYPES``; weights on disk in another dtype are converted.
-        attention_backend: a key of ``quirks.ATTENTION_BACKENDS``.
-        sp: sequence parallel degree; above 1 the default process group must exist and have that many ranks.
-        tp: tensor parallel degree, likewise.
-    """
-
-    card: ModelCard
-    roles: frozenset[Role]
-    device: str = "cpu"
-    dtype: str = "float32"
-    attention_backend: str = "auto"
-    torch_compile: bool = False
-    sp: int = 1
-    tp: int = 1
-
-
 def load_adapter(spec: LoadSpec) -> StageAdapter:
     """Load the components of ``spec.roles`` and put them on the device.
 
@@ -62,7 +38,7 @@ def load_adapter(spec: LoadSpec) -> StageAdapter:
             from ditrelay.models.timed import TimedAdapter
 
             options = TimedOptions.parse(spec.card.path)
-            return TimedAdapter(options, device=spec.device, world_size=spec.sp * spec.tp)
+            return TimedAdapter(options, device=spec.device, world_size=spec.ranks)
         case "modular":
             from ditrelay.models.modular import ModularAdapter
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
+import torch.distributed as dist
 from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
@@ -19,6 +20,7 @@ from ditrelay.errors import UnsupportedModel
 from ditrelay.models.blocks import Stage, crossing, split_stages, with_step_hook
 from ditrelay.models.components import ComponentStore
 from ditrelay.models.folder import ModelFolder
+from ditrelay.models.guidance import SplitGuidance
 from ditrelay.models.pixels import open_image, to_frames
 from ditrelay.models.quirks import family_named
 from ditrelay.models.stepping import StepDriver, pause
@@ -28,7 +30,7 @@ from ditrelay.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from ditrelay.models.adapter import DenoiseSession, Frames
-    from ditrelay.models.loading import LoadSpec
+    from ditrelay.models.load_spec import LoadSpec
     from ditrelay.runtime.topology import Role
 
 _STAND_INS = ("vae", "transformer")  # the components that others read sizes off
@@ -66,8 +68,9 @@ class ModularAdapter:
         self._vae_lock = threading.Lock()
         stages["denoise"] = with_step_hook(denoise, self._before_step)
         self._stages: Mapping[Role, Stage] = {role: stages[role] for role in spec.roles}
-        components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
+        self._components = components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
         self._pipelines = {role: self._pipeline(role, spec.card.path, components) for role in sorted(spec.roles)}
+        self._branches: dist.ProcessGroup | None = components.mesh.branches if components.mesh else None
 
     def encode(self, requests: Sequence[Request]) -> State:
         pipeline, state = self._prepare("encode", only(requests).params, {})
@@ -145,15 +148,20 @@ class ModularAdapter:
         return pipeline, blocks_state
 
     def _execute(self, role: Role, pipeline: Any, state: PipelineState) -> None:
-        for block, uses_vae in self._stages[role].leaves:
-            with self._vae_lock if uses_vae else nullcontext():
-                block(pipeline, state)
+        # A denoise pauses between its steps: it holds nothing that another stage waits for.
+        needed = pipeline.component_names if role != "denoise" else ()
+        with self._components.on_device(needed):
+            for block, uses_vae in self._stages[role].leaves:
+                with self._vae_lock if uses_vae else nullcontext():
+                    block(pipeline, state)
 
     def _guider(self, role: Role, params: SamplingParams) -> Any:
         guidance = self._family.guidance
         if role == "encode" and guidance.always_negative:
             return ClassifierFreeGuidance()
         scale, enabled = params.guidance_scale, self._is_guided(params)
+        if self._branches is not None and role == "denoise":
+            return SplitGuidance(self._branches, guidance_scale=scale, enabled=enabled, **guidance.options)
         return ClassifierFreeGuidance(guidance_scale=scale, enabled=enabled, **guidance.options)
 
     def _is_guided(self, params: SamplingParams) -> bool:

@@ -1,35 +1,109 @@
-"""Split a transformer over the ranks of the default process group with diffusers' own plans."""
+"""Spread a transformer over the ranks of the default process group with diffusers' own plans."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel, tensor_parallel
+from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import TensorParallelConfig
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch.distributed.device_mesh import init_device_mesh
+
+from ditrelay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ditrelay.models.load_spec import LoadSpec
+
+_attention_without_lse = attention_dispatch._native_attention_forward_op
 
 
-def enable_parallel(transformer: Any, *, sp: int, tp: int, device: torch.device) -> None:
-    """Ulysses sequence parallelism (``sp`` > 1) or tensor parallelism (``tp`` > 1), once per transformer.
+class ReplicaMesh:
+    """The ranks of one replica in four dimensions: guidance branches, tensor, ring and Ulysses parallel.
 
-    ``card.check_parallel`` has refused what has no plan, and both at once.
+    Every rank of the default process group makes one at the same time. Ulysses ranks, which exchange most, are
+    neighbours.
     """
-    if sp == 1 and tp == 1:
-        return
-    config = (
-        # "anything": plain Ulysses asserts that every sequence divides by the degree (512 text tokens by 3: not)
-        ContextParallelConfig(ulysses_degree=sp, ulysses_anything=True)
-        if sp > 1
-        else TensorParallelConfig(tp_degree=tp)
-    )
-    if device.type == "cpu":
-        context_parallel._all_gather_anything = _gather_by_padding
-    with _cpu_allowed(device):
-        transformer.enable_parallelism(config=config)
+
+    def __init__(self, spec: LoadSpec, device: torch.device) -> None:
+        """Raises ``ConfigError`` for ring attention in a dtype that its kernels don't take."""
+        if spec.ring > 1 and device.type != "cpu" and spec.dtype == "float32":
+            raise ConfigError(
+                "--ring-degree", "its kernels take no float32 on a GPU; allowed: --dtype bfloat16, float16"
+            )
+        self._spec = spec
+        self._device = device
+        shape = (spec.cfg, spec.tp, spec.ring, spec.sp // spec.ring)
+        self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=("cfg", "tp", "ring", "ulysses"))
+
+    @property
+    def branches(self) -> dist.ProcessGroup | None:
+        """The two ranks that share this rank's part and compute one branch of guidance each; None without such."""
+        return self._mesh.get_group("cfg") if self._spec.cfg > 1 else None
+
+    def split(self, transformer: Any) -> None:
+        """Sequence and tensor parallelism, once per transformer. ``card.check_parallel`` refused what has no plan.
+
+        Raises:
+            ConfigError: it has too few attention heads for the Ulysses degree.
+        """
+        spec = self._spec
+        if spec.sp > spec.ring:
+            heads = transformer.config.num_attention_heads // spec.tp
+            check_heads(heads, ulysses=spec.sp // spec.ring, ring=spec.ring)
+        if self._device.type == "cpu":
+            context_parallel._all_gather_anything = _gather_by_padding
+            if spec.ring > 1:
+                attention_dispatch._native_attention_forward_op = _attention_with_lse
+        with _cpu_allowed(self._device):
+            for config in self._configs():
+                # diffusers refuses a second kind. But one splits the weights, the other what they are applied to.
+                transformer._parallel_config = None
+                transformer.enable_parallelism(config=config)
+
+    def _configs(self) -> Iterator[ContextParallelConfig | TensorParallelConfig]:
+        ring, ulysses = self._spec.ring, self._spec.sp // self._spec.ring
+        if self._spec.tp > 1:
+            yield TensorParallelConfig(tp_degree=self._spec.tp, mesh=self._mesh["tp"])
+        if self._spec.sp > 1:
+            # "anything": the plain kinds assert that every sequence divides by the degree (512 text tokens by 3: not).
+            # diffusers has no such mode for both at once.
+            yield ContextParallelConfig(
+                ring_degree=ring,
+                ulysses_degree=ulysses,
+                ring_anything=ulysses == 1,
+                ulysses_anything=ring == 1,
+                mesh=self._mesh,
+            )
+
+
+def check_heads(heads: int, *, ulysses: int, ring: int) -> None:
+    """Refuse an Ulysses degree that diffusers can't share ``heads`` out to (its heads are padded, except with a ring).
+
+    Raises:
+        ConfigError: names the degrees that fit.
+    """
+
+    def fits(degree: int) -> bool:
+        padding = -heads % degree
+        return padding == 0 if ring > 1 else padding < (heads + padding) // degree
+
+    if not fits(ulysses):
+        allowed = ", ".join(str(degree) for degree in range(1, heads + 1) if fits(degree))
+        raise ConfigError(
+            "--ulysses-degree", f"{ulysses} ranks can't share {heads} attention heads; allowed: {allowed}"
+        )
+
+
+def supports_context_parallel(backend: str) -> bool:
+    """Whether diffusers can run these attention kernels with the sequence spread over ranks."""
+    registry = attention_dispatch._AttentionBackendRegistry
+    return bool(registry._is_context_parallel_available(AttentionBackendName(backend)))
 
 
 @contextmanager
@@ -61,3 +135,31 @@ def _gather_by_padding(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup)
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
     return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim=dim)
+
+
+def _attention_with_lse(
+    ctx: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    return_lse: bool,
+    **saving: Any,
+) -> Any:
+    """Attention of [batch, tokens, heads, channels], where asked with its log-sum-exp, [batch, tokens, heads].
+
+    Takes the place of diffusers' "native" kernels on the CPU, which give none, so that ring attention runs there too.
+    """
+    if not return_lse:
+        options = (attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse)
+        return _attention_without_lse(ctx, query, key, value, *options, **saving)
+    assert attn_mask is None and not enable_gqa, "ring attention has neither"
+    heads_first = (part.transpose(1, 2) for part in (query, key, value))
+    result, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *heads_first, dropout_p, is_causal, scale=scale
+    )
+    return result.transpose(1, 2), lse.transpose(1, 2)

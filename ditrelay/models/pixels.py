@@ -35,7 +35,11 @@ def open_image(params: SamplingParams) -> Image.Image:
 def to_frames(pixels: torch.Tensor) -> Frames:
     """Pixels in [0, 1], [channels, height, width] or [frames, channels, height, width], as uint8 [frames, h, w, 3].
 
-    Rounds as diffusers' ``VaeImageProcessor.numpy_to_pil``, but on the device: a quarter of the bytes leaves it.
+    Rounds as diffusers' ``VaeImageProcessor.numpy_to_pil``, but on the device: a quarter of the bytes leaves it. From a
+    GPU they come through pinned memory, several times faster than without.
     """
     frames = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
-    return (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+    rounded = (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    if not rounded.is_cuda:
+        return rounded.numpy()
+    return torch.empty(rounded.shape, dtype=torch.uint8, pin_memory=True).copy_(rounded).numpy()

@@ -56,7 +56,8 @@ class Family:
         max_side_key: a path in the transformer's config to a limit on tokens per side.
         inputs: inputs given to the blocks or the call beside those of the request.
         chat_template: the tokenizer must come with one.
-        parallel: the plans that the transformer class has (``_cp_plan``: ulysses, ``_tp_plan``: tp).
+        parallel: the plans that the transformer class has (``_cp_plan``: sp and
+            ring, ``_tp_plan``: tp).
         exact_timestep: the modular denoise block rounds the timestep to the weights' dtype (999 becomes 1000 in
             bfloat16), the stock pipeline does not; put the exact one back.
         encode_outputs: standard adapter only: the names under which the call takes ``encode_prompt``'s results.
@@ -83,6 +84,11 @@ class Family:
     exact_timestep: bool = False
     encode_outputs: tuple[str, ...] = ()
 
+    @property
+    def plans(self) -> tuple[str, ...]:
+        """Ways to spread a denoise over ranks: ``parallel``, and ``cfg`` where a guider has two branches."""
+        return (*self.parallel, "cfg") if self.guidance.via == "guider" else self.parallel
+
 
 _WAN = Guidance(default=5.0, via="guider", negative="", always_negative=True)
 
@@ -108,7 +114,7 @@ FAMILIES: tuple[Family, ...] = (
         patch=2,
         steps=28,
         guidance=Guidance(default=3.5, via="input", embedded_flag="guidance_embeds"),
-        parallel=("ulysses", "tp"),
+        parallel=("sp", "ring", "tp"),
     ),
     Family(
         name="flux2-klein",
@@ -119,7 +125,7 @@ FAMILIES: tuple[Family, ...] = (
         patch=2,
         guidance=Guidance(default=4.0, via="guider"),
         chat_template=True,
-        parallel=("ulysses", "tp"),
+        parallel=("sp", "ring", "tp"),
     ),
     Family(
         name="flux2-klein-distilled",
@@ -131,7 +137,7 @@ FAMILIES: tuple[Family, ...] = (
         steps=4,
         guidance=Guidance(default=1.0, via="none"),
         chat_template=True,
-        parallel=("ulysses", "tp"),
+        parallel=("sp", "ring", "tp"),
     ),
     Family(
         name="qwen-image",
@@ -141,7 +147,7 @@ FAMILIES: tuple[Family, ...] = (
         patch=2,
         guidance=Guidance(default=4.0, via="guider", negative=" "),
         inputs=_frozen(max_sequence_length=512),
-        parallel=("ulysses", "tp"),
+        parallel=("sp", "tp"),  # no ring: diffusers' takes no attention mask
     ),
     Family(
         name="sd3",
@@ -164,7 +170,7 @@ FAMILIES: tuple[Family, ...] = (
         width=832,
         num_frames=81,
         guidance=_WAN,
-        parallel=("ulysses",),
+        parallel=("sp", "ring"),
         exact_timestep=True,
     ),
     Family(
@@ -180,11 +186,11 @@ FAMILIES: tuple[Family, ...] = (
         num_frames=81,
         guidance=_WAN,
         needs_image=True,
-        parallel=("ulysses",),
+        parallel=("sp", "ring"),
         exact_timestep=True,
     ),
     Family(
-        # no ulysses: its _cp_plan fails on the attention mask, which has one row for each of all the heads
+        # no sp: its _cp_plan fails on the attention mask, which has one row for each of all the heads
         name="ltx",
         pipeline_classes=("LTXPipeline",),
         modular_class="LTXModularPipeline",
@@ -225,6 +231,11 @@ BUILTINS: Mapping[str, Builtin] = MappingProxyType(
     {"emoji": Builtin(height=128, width=128, steps=8, guidance=2.0, max_pixels=512 * 512)}
 )
 
+# How a denoise can be spread over ranks -> the flag that asks for it.
+PLAN_FLAGS: Mapping[str, str] = MappingProxyType(
+    {"sp": "--sp-degree", "ring": "--ring-degree", "tp": "--tp-size", "cfg": "--cfg-parallel-degree"}
+)
+
 # Our names -> diffusers' names, best first; the last one needs nothing but torch. Empty: diffusers' own default.
 ATTENTION_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -234,6 +245,11 @@ ATTENTION_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sage": ("sage", "native"),
         "xformers": ("xformers", "native"),
     }
+)
+
+# The same for ring attention, whose kernels must give the log-sum-exp beside the result; the others have none.
+RING_BACKENDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"auto": ("_native_cudnn",), "fa": ("flash", "_native_cudnn"), "torch_sdpa": ("_native_cudnn",), "sage": ("sage",)}
 )
 
 

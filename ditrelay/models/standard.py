@@ -26,7 +26,7 @@ from ditrelay.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
     from ditrelay.models.adapter import DenoiseSession, Frames
-    from ditrelay.models.loading import LoadSpec
+    from ditrelay.models.load_spec import LoadSpec
     from ditrelay.runtime.topology import Role
 
 _COMPONENTS: Mapping[Role, tuple[str, ...]] = {
@@ -63,7 +63,7 @@ class StandardAdapter:
         self._device = torch.device(spec.device)
         self.conditioning_names = frozenset(self._family.encode_outputs)
         folder = ModelFolder(Path(spec.card.path))
-        components = ComponentStore(folder, spec)
+        self._components = components = ComponentStore(folder, spec)
         pipeline_class = getattr(diffusers, spec.card.pipeline_class)
         self._pipelines = {
             role: _pipeline(pipeline_class, list(folder.components), role, components) for role in sorted(spec.roles)
@@ -72,13 +72,14 @@ class StandardAdapter:
     def encode(self, requests: Sequence[Request]) -> State:
         params = only(requests).params
         guidance = self._family.guidance
-        embeddings = self._pipelines["encode"].encode_prompt(
-            prompt=params.prompt,
-            negative_prompt=params.negative_prompt or guidance.negative,
-            do_classifier_free_guidance=(params.guidance_scale or 0.0) > guidance.above,
-            device=self._device,
-            **self._family.inputs,
-        )
+        with self._components.on_device(_COMPONENTS["encode"]):
+            embeddings = self._pipelines["encode"].encode_prompt(
+                prompt=params.prompt,
+                negative_prompt=params.negative_prompt or guidance.negative,
+                do_classifier_free_guidance=(params.guidance_scale or 0.0) > guidance.above,
+                device=self._device,
+                **self._family.inputs,
+            )
         named = zip(self._family.encode_outputs, embeddings, strict=True)
         return {name: pack(name, value) for name, value in named if value is not None}
 
@@ -116,7 +117,8 @@ class StandardAdapter:
         pipeline = self._pipelines["decode"]
         latents = unpack(state["latents"], self._device)
         frames = ((params.num_frames or 1) - 1) // pipeline.vae_scale_factor_temporal + 1
-        pixels = pipeline.decode_latents(latents[:, -frames:])  # CogVideoX 1.5 pads at the front
+        with self._components.on_device(_COMPONENTS["decode"]):
+            pixels = pipeline.decode_latents(latents[:, -frames:])  # CogVideoX 1.5 pads at the front
         return [to_frames(pipeline.video_processor.postprocess_video(video=pixels, output_type="pt")[0])]
 
 

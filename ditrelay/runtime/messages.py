@@ -197,7 +197,7 @@ class Denoised(_Message, frozen=True, tag=True):
 
 
 class Decoded(_Message, frozen=True, tag=True):
-    """The media file is made."""
+    """The media file is made. ``began`` to ``at`` is the compute span; the file is made after it, beside other work."""
 
     rank: int
     request_id: str

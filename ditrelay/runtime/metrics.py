@@ -6,19 +6,24 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-SpanKind = Literal["encode", "to_dit", "denoise", "to_decoder", "decode"]
+SpanKind = Literal["encode", "to_dit", "denoise", "to_decoder", "decode", "send", "receive"]
 COMPUTE_KINDS: frozenset[SpanKind] = frozenset({"encode", "denoise", "decode"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
-    """One piece of work of one request; times are ``time.monotonic()`` seconds."""
+    """One piece of work of one request; times are ``time.monotonic()`` seconds.
+
+    ``to_dit`` and ``to_decoder`` are a hand-off: from the end of the stage that made the tensors until they are usable.
+    ``send`` and ``receive`` are what the two ranks of a transfer did for it. ``steps``: the ends of a denoise's steps.
+    """
 
     request_id: str
     rank: int
     kind: SpanKind
     began: float
     ended: float
+    steps: tuple[float, ...] = ()
 
     @property
     def seconds(self) -> float:

@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 from ditrelay.errors import EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
@@ -15,6 +16,7 @@ from ditrelay.runtime.messages import (
     Denoised,
     Encoded,
     Received,
+    Sent,
     StageFailed,
     Started,
     StepDone,
@@ -27,7 +29,7 @@ from ditrelay.runtime.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-KEPT_SPANS = 50_000
+KEPT_SPANS = 100_000  # of some ten thousand requests, in some tens of MB
 
 
 @dataclass
@@ -37,6 +39,7 @@ class _Entry:
     clock: RequestClock
     state: RequestState = RequestState.QUEUED
     media: Decoded | None = None
+    steps: list[float] = field(default_factory=list)
 
 
 class RequestLog:
@@ -111,6 +114,8 @@ class RequestLog:
                 self._span(request_id, rank, "decode", began, at)
                 if entry := self._entries.get(request_id):
                     entry.media = event
+            case Sent(request_id=request_id, rank=rank, began=began, at=at):
+                self._keep(Span(request_id, rank, "send", began, at))
             case Received():
                 self._received(event)
             case StageFailed(rank=rank, stage="denoise", at=at):
@@ -124,9 +129,11 @@ class RequestLog:
             return
         if isinstance(event, StepDone):
             state = RequestState.DENOISING
+            entry.steps.append(event.at)
             entry.ticket.report(Progress(event.request_id, state, event.step, event.total, event.at))
         elif event.stage == "denoise":
             entry.clock.replica_free_since = self._free_since.get(event.rank, 0.0)
+            entry.steps.clear()
 
     def finish(
         self, request_id: str, outcome: Literal["done", "failed", "cancelled"], reason: str | None, param: str | None
@@ -173,11 +180,16 @@ class RequestLog:
     def _span(self, request_id: str, rank: int, kind: SpanKind, began: float, ended: float) -> None:
         if entry := self._entries.get(request_id):
             entry.clock.span(kind, began, ended)
-            with self._lock:
-                self._spans.append(Span(request_id, rank, kind, began, ended))
+            steps = tuple(entry.steps) if kind == "denoise" else ()
+            self._keep(Span(request_id, rank, kind, began, ended, steps))
+
+    def _keep(self, span: Span) -> None:
+        with self._lock:
+            self._spans.append(span)
 
     def _received(self, event: Received) -> None:
-        """A transfer counts from the end of the stage that made its tensors until they are usable."""
+        """A hand-off counts from the end of the stage that made the tensors until they are usable."""
+        self._keep(Span(event.request_id, event.rank, "receive", event.began, event.at))
         entry = self._entries.get(event.request_id)
         if entry is None:
             return
@@ -190,11 +202,12 @@ class RequestLog:
 
         Call with the lock held.
         """
-        ends = [span.ended for span in self._spans if span.kind == "decode"][-20:]
+        newest_first = (span.ended for span in reversed(self._spans) if span.kind == "decode")
+        ends = list(islice(newest_first, 20))
         waiting = len(self._entries)
-        if len(ends) < 2 or ends[-1] <= ends[0]:
+        if len(ends) < 2 or ends[0] <= ends[-1]:
             return 1
-        rate = (len(ends) - 1) / (ends[-1] - ends[0])
+        rate = (len(ends) - 1) / (ends[0] - ends[-1])
         return max(1, min(60, round(waiting / 10 / rate)))
 
 

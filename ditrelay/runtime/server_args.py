@@ -9,9 +9,11 @@ import types
 import typing
 from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePath
 from typing import Any, TypeVar
 
 from ditrelay.errors import ConfigError
+from ditrelay.runtime.degrees import check_group, split_sequence
 
 T = TypeVar("T")
 
@@ -36,6 +38,7 @@ class FlagSpec:
         maximum: largest allowed number.
         metavar: placeholder in ``--help`` (``SECONDS``).
         is_bytes: the command line accepts ``512MiB`` and the like.
+        suffix: how a file name must end (``.json``).
     """
 
     help: str
@@ -46,6 +49,7 @@ class FlagSpec:
     maximum: float | None = None
     metavar: str | None = None
     is_bytes: bool = False
+    suffix: str | None = None
 
 
 def _flag(default: T, group: str, help: str, **spec: Any) -> T:
@@ -70,6 +74,12 @@ class ServerArgs:
     served_model_name: str | None = _flag(
         None, "Model", "The model's name in the HTTP API; the model path where it isn't given."
     )
+    load_format: str = _flag(
+        "auto",
+        "Model",
+        "Where weights are from; dummy: random ones of the right sizes, for measurements without weight files.",
+        choices=("auto", "dummy"),
+    )
     dtype: str = _flag(
         "auto",
         "Model",
@@ -83,6 +93,15 @@ class ServerArgs:
         choices=("auto", "fa", "torch_sdpa", "sage", "xformers"),
     )
     enable_torch_compile: bool = _flag(False, "Model", "Compile the transformer's blocks.")
+    text_encoder_cpu_offload: bool = _flag(
+        False, "Model", "Keep the encoders' weights in host memory; on the device only while they encode."
+    )
+    vae_cpu_offload: bool = _flag(
+        False, "Model", "Keep the VAE's weights in host memory; on the device only while it is needed."
+    )
+    dit_cpu_offload: bool = _flag(
+        False, "Model", "Keep the transformer's weights in host memory; its blocks are copied in as they are needed."
+    )
     warmup: bool = _flag(True, "Model", "Run one small request through every rank before reporting ready.")
 
     device: str = _flag(
@@ -97,11 +116,26 @@ class ServerArgs:
     num_decoder_ranks: int | None = _flag(
         None, "Ranks", "Of the non-DiT ranks, those that only decode (with --enable-disagg).", minimum=1
     )
-    sp_degree: int = _flag(1, "Ranks", "Sequence parallel ranks per DiT replica.", minimum=1)
+    sp_degree: int = _flag(1, "Ranks", "Sequence parallel ranks per DiT replica; alone: Ulysses.", minimum=1)
+    ulysses_degree: int | None = _flag(
+        None, "Ranks", "Of the sequence parallel ranks, those that split by attention heads (Ulysses).", minimum=1
+    )
+    ring_degree: int | None = _flag(
+        None, "Ranks", "Of the sequence parallel ranks, those that split keys and values (ring attention).", minimum=1
+    )
     tp_size: int = _flag(1, "Ranks", "Tensor parallel ranks per DiT replica.", minimum=1)
+    cfg_parallel_degree: int = _flag(
+        1, "Ranks", "2: the prompt and the negative prompt of a step on two ranks.", minimum=1, maximum=2
+    )
 
     use_async_comm: bool = _flag(
         True, "Transfer", "Overlap stages and transfers; false: lock-step, one request at a time (the baseline)."
+    )
+    transfer_backend: str = _flag(
+        "auto",
+        "Transfer",
+        "How tensors cross edges; auto: CUDA IPC where two GPUs reach each other's memory, else torch (NCCL, gloo).",
+        choices=("auto", "torch", "cuda_ipc"),
     )
     max_pending_transfers: int = _flag(2, "Transfer", "Payloads on the way or waiting, per edge.", minimum=1)
     max_pending_bytes: int = _flag(
@@ -117,6 +151,13 @@ class ServerArgs:
     host: str = _flag("127.0.0.1", "Server", "Address to listen on.", metavar="ADDRESS")
     port: int = _flag(30000, "Server", "Port to listen on; 0: a free one.", minimum=0, maximum=65535)
     log_level: str = _flag("info", "Server", "Least level logged.", choices=("debug", "info", "warning", "error"))
+    trace: str | None = _flag(
+        None,
+        "Server",
+        "Write a timeline of the run at its end: this file for ui.perfetto.dev, and .html and .png beside it.",
+        metavar="FILE.json",
+        suffix=".json",
+    )
 
     max_queue: int = _flag(256, "Limits", "Requests that may wait; past it a request is refused.", minimum=1)
     max_attempts: int = _flag(3, "Limits", "Times a request is tried when workers die under it.", minimum=1)
@@ -133,13 +174,12 @@ class ServerArgs:
     def _check_ranks(self) -> None:
         if self.enable_disagg:
             self._check_disagg()
-        group = self.sp_degree * self.tp_size
-        if group > self.num_dit_ranks:
-            flag = "--sp-degree" if self.sp_degree >= self.tp_size else "--tp-size"
+        # Given by the other two, it is their product from here on.
+        object.__setattr__(self, "sp_degree", math.prod(self.sequence_split))
+        check_group(sp=self.sp_degree, tp=self.tp_size, cfg=self.cfg_parallel_degree, ranks=self.num_dit_ranks)
+        if self.dit_cpu_offload and self.tp_size > 1:
             raise ConfigError(
-                flag,
-                f"sp-degree {self.sp_degree} x tp-size {self.tp_size} needs {group} DiT ranks and there are "
-                f"{self.num_dit_ranks}; allowed: a product of at most {self.num_dit_ranks}, or a larger --num-gpus",
+                "--dit-cpu-offload", f"can't be combined with --tp-size {self.tp_size}; allowed: --tp-size 1"
             )
 
     def _check_disagg(self) -> None:
@@ -181,6 +221,21 @@ class ServerArgs:
         return self.num_gpus - self.num_non_dit_ranks if self.enable_disagg else self.num_gpus
 
     @property
+    def offload(self) -> frozenset[str]:
+        """Those of ``text_encoder``, ``vae`` and ``dit`` whose weights live in host memory."""
+        kinds = {
+            "text_encoder": self.text_encoder_cpu_offload,
+            "vae": self.vae_cpu_offload,
+            "dit": self.dit_cpu_offload,
+        }
+        return frozenset(kind for kind, is_offloaded in kinds.items() if is_offloaded)
+
+    @property
+    def sequence_split(self) -> tuple[int, int]:
+        """(Ulysses degree, ring degree) of a replica; their product is ``sp_degree``."""
+        return split_sequence(self.sp_degree, self.ulysses_degree, self.ring_degree)
+
+    @property
     def encoder_decoder_split(self) -> tuple[int, int] | None:
         """(encoder ranks, decoder ranks) where encode and decode have ranks of their own, else ``None``."""
         encoders, decoders, total = self.num_encoder_ranks, self.num_decoder_ranks, self.num_non_dit_ranks
@@ -219,6 +274,8 @@ class Flag:
         """What the flag takes, in words: ``an integer from 0 to 65535``."""
         if self.kind is bool:
             return "true or false"
+        if self.spec.suffix:
+            return f"a file name that ends in {self.spec.suffix}"
         if self.kind is str:
             return ", ".join(self.spec.choices) or "a text that is not empty"
         noun = "a number" if self.kind is float else "an integer"
@@ -274,6 +331,8 @@ class Flag:
         return self.kind(text)
 
     def _within(self, value: object) -> bool:
+        if isinstance(value, str) and self.spec.suffix:
+            return PurePath(value).suffix == self.spec.suffix
         if isinstance(value, str):
             return value in self.spec.choices if self.spec.choices else bool(value.strip())
         assert isinstance(value, int | float)

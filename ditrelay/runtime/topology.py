@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from ditrelay.runtime.degrees import shrunk_ring
 from ditrelay.runtime.server_args import ServerArgs
 
 Role = Literal["encode", "denoise", "decode"]
@@ -48,6 +49,7 @@ class Unit:
         members: all ranks of the unit, leader first; those after it only denoise.
         roles: the leader's roles.
         sp: sequence parallel degree.
+        ring: the part of it that is ring attention; the rest, ``sp / ring``, is Ulysses.
         tp: tensor parallel degree.
         cfg: ranks over which the guidance branches are spread; ``sp * tp * cfg`` is the number of members.
     """
@@ -58,6 +60,7 @@ class Unit:
     sp: int = 1
     tp: int = 1
     cfg: int = 1
+    ring: int = 1
 
     def __post_init__(self) -> None:
         assert self.members[0] == self.leader, "the leader is the first member"
@@ -79,14 +82,15 @@ class Topology:
     hosts: tuple[str, ...]
 
     @classmethod
-    def build(cls, args: ServerArgs, *, cfg_degree: int = 1) -> Topology:
+    def build(cls, args: ServerArgs) -> Topology:
         """The topology that ``args`` asks for.
 
-        Disaggregated: DiT replicas of ``sp_degree * tp_size * cfg_degree`` ranks from rank 0 on, the non-DiT ranks
-        last (encoders before decoders where they are apart). Otherwise every replica has all three roles.
+        Disaggregated: DiT replicas of ``sp_degree * tp_size * cfg_parallel_degree`` ranks from rank 0 on, the non-DiT
+        ranks last (encoders before decoders where they are apart). Otherwise every replica has all three roles.
         """
         dit_roles = DIT if args.enable_disagg else COLOCATED
-        replicas = _replicas(args.num_dit_ranks, (args.sp_degree, args.tp_size, cfg_degree), dit_roles)
+        degrees = (args.sp_degree, args.tp_size, args.cfg_parallel_degree)
+        replicas = _replicas(args.num_dit_ranks, degrees, args.sequence_split[1], dit_roles)
         singles = (Unit(rank, (rank,), roles) for rank, roles in _non_dit(args))
         return cls((*replicas, *singles), ("localhost",) * args.num_gpus)
 
@@ -154,13 +158,13 @@ class Topology:
         return {rank: unit for unit in self.units for rank in unit.members}
 
 
-def _replicas(ranks: int, degrees: tuple[int, int, int], roles: Roles) -> Iterator[Unit]:
+def _replicas(ranks: int, degrees: tuple[int, int, int], ring: int, roles: Roles) -> Iterator[Unit]:
     """Units over ranks 0 to ``ranks - 1``; what is left past the last full one makes smaller ones."""
     first = 0
     while first < ranks:
         sp, tp, cfg = _fitting(ranks - first, degrees)
         members = tuple(range(first, first + sp * tp * cfg))
-        yield Unit(first, members, roles, sp, tp, cfg)
+        yield Unit(first, members, roles, sp, tp, cfg, shrunk_ring(ring, sp))
         first = members[-1] + 1
 
 

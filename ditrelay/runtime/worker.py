@@ -22,11 +22,12 @@ import zmq
 from torch._C._distributed_c10d import PrefixStore
 
 from ditrelay.models.adapter import StageAdapter
-from ditrelay.models.loading import LoadSpec, load_adapter, resolve_dtype
+from ditrelay.models.load_spec import LoadSpec
+from ditrelay.models.loading import load_adapter, resolve_dtype
+from ditrelay.runtime.communication.backends import connect_edge
 from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.replica import ReplicaLeader, ReplicaPeer
 from ditrelay.runtime.communication.store import connect_store, replica_prefix
-from ditrelay.runtime.communication.torch_transport import TorchTransport
 from ditrelay.runtime.communication.transport import Transport
 from ditrelay.runtime.control_plane import HeadLogHandler, WorkerSockets, replica_address
 from ditrelay.runtime.messages import Heartbeat, Shutdown, WorkerFailed, WorkerUp
@@ -113,10 +114,14 @@ class Worker:
             roles=self.roles,
             device=str(self.device),
             dtype=resolve_dtype(args.dtype, str(self.device)),
+            load_format=args.load_format,
             attention_backend=args.attention_backend,
             torch_compile=args.enable_torch_compile,
+            offload=args.offload,
             sp=self.unit.sp,
+            ring=self.unit.ring,
             tp=self.unit.tp,
+            cfg=self.unit.cfg,
         )
 
     def _join_replica(self) -> None:
@@ -150,7 +155,7 @@ class Worker:
             lanes=lanes,
             priority=_priority(self.roles),
             emit=self._sockets.emit,
-            on_broken=self._fail if self._leader else None,
+            on_broken=self._fail,
         )
 
     def _communicator(self) -> DisaggCommunicator:
@@ -159,16 +164,19 @@ class Worker:
         def connect(edge: Edge, generation: int) -> Transport:
             # A store client of its own: one that waits for a key is locked, and edges are made side by side.
             store = connect_store(spec.store_host, spec.store_port, timeout)
-            return TorchTransport.connect(store, edge, generation, spec.rank, device=self.device, timeout=timeout)
+            backend = spec.args.transfer_backend
+            return connect_edge(backend, store, edge, generation, spec.rank, device=self.device, timeout=timeout)
 
         return DisaggCommunicator(spec.rank, spec.topology.roles_of, connect, timeout, device=self.device)
 
     def _make_lanes(self) -> dict[Role, Lane]:
         """All roles share one lane on a CPU and beside a DiT; on a GPU encode and decode get streams of their own."""
         if self.device.type == "cpu" or "denoise" in self.roles:
-            shared = Lane("compute", self.device)
-            return dict.fromkeys(self.roles, shared)
-        return {role: Lane(role, self.device, urgent=role == "encode") for role in self.roles}
+            return dict.fromkeys(self.roles, self._lane("compute"))
+        return {role: self._lane(role, urgent=role == "encode") for role in self.roles}
+
+    def _lane(self, name: str, *, urgent: bool = False) -> Lane:
+        return Lane(name, self.device, urgent=urgent, stall_timeout=self.spec.args.stage_timeout)
 
     def _report_up(self, began: float) -> None:
         now = time.monotonic()
@@ -227,6 +235,7 @@ class Worker:
             self.rank,
             at,
             rss=_rss_bytes(),
+            device_total=torch.cuda.get_device_properties(self.device).total_memory if cuda else 0,
             device_allocated=torch.cuda.memory_allocated(self.device) if cuda else 0,
             device_peak=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
             pending_sends=len(executor.pending_sends) if executor else 0,

@@ -22,6 +22,7 @@ from ditrelay.runtime.topology import Edge
 
 # How long close() waits for an idle edge's thread to let go of its connection.
 _CLOSE_GRACE = 1.0
+_PROOF = 0xA5
 
 
 class LinkDown(Exception):
@@ -103,6 +104,25 @@ class Endpoint:
             state = f"down: {self._down}" if self._down else f"{len(self._jobs)} waiting, current {self._current}"
         return f"<{type(self).__name__} {self.edge} at {self._rank}: {state}>"
 
+    def prove(self, device: torch.device, generation: int) -> None:
+        """Move one byte and look at it: what a backend makes at the first transfer, and would block there, is made now.
+
+        Raises:
+            TransferTimeout: the other end did not come.
+            TransferError: the connection failed otherwise; this end is closed.
+        """
+        sends = self._rank == self.edge.src
+        byte = torch.full((1,), _PROOF if sends else 0, dtype=torch.uint8, device=device)
+        work = self.isend([byte], seq=0) if sends else self.irecv([byte], seq=0)
+        try:
+            work.wait(self._timeout)
+            if byte.item() != _PROOF:
+                raise TransferError(str(self.edge), "a byte arrived changed")
+        except TransferError as error:
+            self.close("it could not be set up")
+            timed_out = isinstance(error, TransferTimeout)
+            raise not_connected(self.edge, generation, error, timed_out=timed_out) from error
+
     def isend(self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None) -> Work:
         assert self._rank == self.edge.src, f"rank {self._rank} is the receiving end of edge {self.edge}"
         return self._submit(tensors, seq, request_id)
@@ -183,6 +203,13 @@ def essence(error: Exception) -> str:
     """What went wrong, without torch's source position before it and its advice and C++ stack trace behind."""
     line = re.sub(r"^\[\S+:\d+\] ", "", str(error).partition("\n")[0])
     return line.partition(". This is typically")[0]
+
+
+def not_connected(edge: Edge, generation: int, error: Exception, *, timed_out: bool) -> TransferError:
+    """The error of an edge that could not be made, with the reason that ``error`` gives."""
+    kind = TransferTimeout if timed_out else TransferError
+    reason = f"the edge (generation {generation}) could not be set up (--dist-timeout): {essence(error)}"
+    return kind(str(edge), reason)
 
 
 def _failure(work: Work, reason: str, *, timed_out: bool = False) -> TransferError:

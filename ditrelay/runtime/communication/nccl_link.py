@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import torch
 from torch._C._distributed_c10d import Store
 
+from ditrelay.runtime.communication.device_events import record_event, wait_for_event
 from ditrelay.runtime.communication.endpoint import Job, LinkDown, essence
 from ditrelay.runtime.communication.raw_group import RawGroup, nccl_group
 
 # Our own deadline comes first, whatever the watchdog is told to do at its own.
 _WATCHDOG_FACTOR = 3.0
-_FIRST_PAUSE = 20e-6
-_LONGEST_PAUSE = 1e-3
 
 
 class NcclLink:
@@ -44,13 +42,11 @@ class NcclLink:
 
     def mark(self) -> torch.cuda.Event:
         """What wrote the tensors to send, or still reads the memory to receive into, is on the caller's stream."""
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record(torch.cuda.current_stream(self._device))
-        return ready
+        return record_event(torch.cuda.current_stream(self._device))
 
     def move(self, job: Job, deadline: float) -> None:
         try:
-            self._complete(self._post(job), deadline)
+            wait_for_event(self._post(job), deadline, self._interrupted)
         except RuntimeError as error:
             raise LinkDown(essence(error)) from error
 
@@ -66,22 +62,12 @@ class NcclLink:
     def _post(self, job: Job) -> torch.cuda.Event:
         assert self._group is not None, "moved after disconnect"
         post = self._group.send if self._end == 0 else self._group.recv
-        finished = torch.cuda.Event()  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._stream):
             if job.ready is not None:
                 self._stream.wait_event(job.ready)
             for view in job.views:
                 view.record_stream(self._stream)
                 post([view], 1 - self._end, 0).wait()  # orders the edge's stream after NCCL's own; does not block
-            finished.record(self._stream)
+            finished = record_event(self._stream)
         job.work.post(finished)
         return finished
-
-    def _complete(self, finished: torch.cuda.Event, deadline: float) -> None:
-        pause = _FIRST_PAUSE
-        while not finished.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() >= deadline:
-                raise LinkDown("the deadline passed", timed_out=True)
-            if self._interrupted.wait(pause):
-                raise LinkDown("closed while a transfer was under way")
-            pause = min(2 * pause, _LONGEST_PAUSE)

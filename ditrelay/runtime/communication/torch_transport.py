@@ -13,8 +13,7 @@ from typing import Self
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from ditrelay.errors import TransferError, TransferTimeout
-from ditrelay.runtime.communication.endpoint import Endpoint, Job, Link, LinkDown, essence
+from ditrelay.runtime.communication.endpoint import Endpoint, Job, Link, LinkDown, essence, not_connected
 from ditrelay.runtime.communication.nccl_link import NcclLink
 from ditrelay.runtime.communication.raw_group import RawGroup, gloo_group
 from ditrelay.runtime.communication.store import edge_prefix
@@ -64,22 +63,11 @@ class TorchTransport(Endpoint):
             else:
                 link = GlooLink(gloo_group(meeting, own, timeout, host), own)
         except RuntimeError as error:
-            raise _not_connected(edge, generation, error, timed_out=time.monotonic() >= deadline) from error
+            raise not_connected(edge, generation, error, timed_out=time.monotonic() >= deadline) from error
         end = cls(edge, rank, link, timeout)
         if device.type == "cuda":
-            end._warm_up(device, generation)
+            end.prove(device, generation)
         return end
-
-    def _warm_up(self, device: torch.device, generation: int) -> None:
-        """Move one byte: NCCL makes its communicator at the first transfer, and that blocks."""
-        byte = [torch.zeros(1, dtype=torch.uint8, device=device)]
-        work = self.isend(byte, seq=0) if self._rank == self.edge.src else self.irecv(byte, seq=0)
-        try:
-            work.wait(self._timeout)
-        except TransferError as error:
-            self.close("it could not be set up")
-            timed_out = isinstance(error, TransferTimeout)
-            raise _not_connected(self.edge, generation, error, timed_out=timed_out) from error
 
 
 class GlooLink:
@@ -115,9 +103,3 @@ class GlooLink:
 def _remaining(deadline: float) -> timedelta:
     """Time left, at least 1 ms: gloo takes zero for "no limit"."""
     return timedelta(seconds=max(deadline - time.monotonic(), 0.001))
-
-
-def _not_connected(edge: Edge, generation: int, error: Exception, *, timed_out: bool) -> TransferError:
-    kind = TransferTimeout if timed_out else TransferError
-    reason = f"the edge (generation {generation}) could not be set up (--dist-timeout): {essence(error)}"
-    return kind(str(edge), reason)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ditrelay.runtime.payloads import Payload, PayloadHeader, State
 from ditrelay.runtime.pipelines_core.media import Media
 from ditrelay.runtime.request import Request
 from ditrelay.runtime.topology import Role
+
+if TYPE_CHECKING:
+    from ditrelay.models.adapter import Frames
 
 
 class StageCancelled(Exception):
@@ -20,12 +24,14 @@ class Batch:
     """Requests that pass the stages together (one, for now) and what the last stage left for the next.
 
     ``payload`` is the state in the form in which it crosses an edge; ``header`` alone announces one that is expected.
+    ``frames``: the pixels of each request, not yet a file.
     """
 
     requests: tuple[Request, ...]
     state: State = field(default_factory=dict)
     header: PayloadHeader | None = None
     payload: Payload | None = None
+    frames: Sequence[Frames] = ()
     media: tuple[Media, ...] = ()
 
     @property
@@ -59,7 +65,13 @@ class Stage(Protocol):
     @property
     def role(self) -> Role: ...
 
-    def run(self, batch: Batch, control: StageControl) -> None: ...
+    def run(self, batch: Batch, control: StageControl) -> None:
+        """The part that needs the lane. On a GPU it may return before the device has done what it launched."""
+        ...
+
+    def finish(self, batch: Batch) -> None:
+        """The rest, for the CPU alone, once the device is done: on any thread, beside the lane's next stage."""
+        ...
 
 
 class Pipeline:

@@ -196,6 +196,7 @@ class DisaggregatedExecutor:
             batch.header = batch.payload = None
             self._recv_batch_from_dit(batch)
             decode.run(batch, control)
+            decode.finish(batch)
 
     def drain(self) -> None:
         """Wait until nothing is in flight; raises ``TransferError`` for a transfer that failed or ran out of time."""

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from ditrelay.runtime.pipelines_core.executors.progress import follow_device
+
 Job = Callable[[], None]
 
 
@@ -22,14 +24,16 @@ def finish_device_work(device: torch.device) -> None:
 class Lane:
     """Runs jobs one at a time, lowest priority number first, first come first served among equals.
 
-    All jobs run under one ``torch.no_grad()``: a grad context must not span two sessions that interleave.
+    All jobs run under one ``torch.no_grad()``: a grad context must not span two sessions that interleave. A job returns
+    when its work is launched; ``progress`` tells when it is done, while the next job's work is launched behind it.
     """
 
-    def __init__(self, name: str, device: torch.device, *, urgent: bool = False) -> None:
+    def __init__(self, name: str, device: torch.device, *, urgent: bool = False, stall_timeout: float = 600.0) -> None:
         self._jobs: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
         self._counter = itertools.count()
         self._device = device
         self._urgent = urgent
+        self.progress = follow_device(name, device, stall_timeout)
         self._thread = threading.Thread(target=self._run, name=f"lane-{name}", daemon=True)
         self._thread.start()
 

@@ -1,8 +1,10 @@
 """The overlap loop of one rank: commands come in, computing and transfers go on side by side, events go out.
 
-What a rank holds of a request is a ``_Resident``. Three kinds of thread touch it: the control thread (``handle``), the
-compute lanes, and the threads of the edges that report a transfer's end. ``_lock`` guards the residents; one with
-``holds`` above zero is in use (queued, computing, sending or receiving) and is freed when the last hold is gone.
+What a rank holds of a request is a ``_Resident``. Several threads touch it: the control thread (``handle``), the lanes,
+those that follow the lanes' devices, the media thread, and those of the edges that report a transfer's end.
+``_lock`` guards the residents; one with ``holds`` above zero is in use (queued, computing, sending or receiving) and is
+freed when the last hold is gone. A stage holds its resident until the device has done the stage, so memory never goes
+back to an allocator while a stream may still touch it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,9 +46,11 @@ from ditrelay.runtime.messages import (
     TransferRejected,
     WorkerEvent,
 )
+from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
-from ditrelay.runtime.pipelines_core.executors.lane import Lane, finish_device_work
-from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
+from ditrelay.runtime.pipelines_core.executors.lane import Lane
+from ditrelay.runtime.pipelines_core.executors.pipeline_executor import STAGE_ERRORS, describe
+from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Pipeline, StageCancelled
 from ditrelay.runtime.topology import Edge, Role
 
@@ -98,6 +103,7 @@ class OverlapLoop:
         self._rank = executor.rank
         self._lock = threading.Lock()
         self._residents: dict[str, _Resident] = {}
+        self._media = ThreadPoolExecutor(1, thread_name_prefix="media")
 
     def handle(self, command: Command) -> None:
         """Start what the command asks for; returns without waiting for it (in lock-step mode: after the transfer)."""
@@ -195,46 +201,72 @@ class OverlapLoop:
         return claimed
 
     def _compute(self, resident: _Resident, role: Role) -> None:
+        """On the lane: launch a stage. What follows from it follows when the device has done it."""
         if self._broken or not self._claim(resident):
             return
-        began = time.monotonic()
-        self._emit(Started(self._rank, resident.request_id, role, began))
+        run = _StageRun(role, (resident.batch.payload, resident.batch.state))
+        progress = self._lanes[role].progress
+        progress.then(lambda reached: self._began(resident, run, reached))
         try:
-            self._pipeline.stage(role).run(resident.batch, _Control(self, resident))
-            event = self._completed(resident, role, began)
-        except StageCancelled:
+            self._pipeline.stage(role).run(resident.batch, _Control(self, resident, progress))
+            if role != "decode":
+                run.header = self._executor.pack(resident.batch)
+        except Exception as error:  # the place that turns a stage's exception into a failed request
+            logger.debug("%s of request %s ended early", role, resident.request_id, exc_info=True)
+            run.error = error
+        progress.then(lambda reached: self._ended(resident, run, reached))
+
+    def _began(self, resident: _Resident, run: _StageRun, reached: Reached) -> None:
+        run.began = reached.at
+        if reached.error is None:
+            self._emit(Started(self._rank, resident.request_id, run.role, reached.at))
+
+    def _ended(self, resident: _Resident, run: _StageRun, reached: Reached) -> None:
+        """The device is done with all that the stage launched, so nothing uses its tensors any more."""
+        run.at, run.inputs = reached.at, ()
+        error = reached.error or run.error
+        if error is None:
+            self._succeed(resident, run)
+        elif isinstance(error, StageCancelled):
             self._free(resident)
-            return
-        except ReplicaBroken as error:  # this process ends, and the request is tried again elsewhere
+        elif reached.error is not None or isinstance(error, ReplicaBroken | torch.AcceleratorError):
+            # After an error of the device no call of this process works. The request is tried again elsewhere.
             self._broken = True
             self._on_broken(describe(error))
+        else:
+            self._fail(resident, run, error)
+
+    def _succeed(self, resident: _Resident, run: _StageRun) -> None:
+        if run.role == "decode":
+            self._media.submit(self._make_media, resident, run)
             return
-        except Exception as error:  # the place that turns a stage's exception into a failed request
-            logger.warning("%s of request %s failed", role, resident.request_id, exc_info=not _expected(error))
-            event = self._failed(resident, role, error)
-        self._release_hold(resident, event, remove=not isinstance(event, Encoded | Denoised))
+        assert run.header is not None
+        done = Encoded if run.role == "encode" else Denoised
+        self._release_hold(resident, done(self._rank, resident.request_id, run.header, run.began, run.at))
 
-    def _completed(self, resident: _Resident, role: Role, began: float) -> WorkerEvent:
-        batch, rank, request_id = resident.batch, self._rank, resident.request_id
-        if role != "decode":
-            header = self._executor.pack(batch)
-        finish_device_work(self._executor.device)
-        now = time.monotonic()
-        if role == "encode":
-            return Encoded(rank, request_id, header, began, now)
-        if role == "denoise":
-            return Denoised(rank, request_id, header, began, now)
-        m = batch.media[0]
-        return Decoded(rank, request_id, m.data, m.media_type, m.width, m.height, m.num_frames, began, now)
+    def _make_media(self, resident: _Resident, run: _StageRun) -> None:
+        """On the media thread: the lane decodes the next request meanwhile."""
+        try:
+            self._pipeline.stage("decode").finish(resident.batch)
+        except STAGE_ERRORS as error:
+            self._fail(resident, run, error)
+            return
+        m, rank, request_id = resident.batch.media[0], self._rank, resident.request_id
+        event = Decoded(rank, request_id, m.data, m.media_type, m.width, m.height, m.num_frames, run.began, run.at)
+        self._release_hold(resident, event, remove=True)
 
-    def _failed(self, resident: _Resident, role: Role, error: BaseException) -> StageFailed:
-        invalid = error if isinstance(error, InvalidRequest) else None
-        reason = invalid.reason if invalid else f"{role} failed: {describe(error)}"
-        resident.batch.state, resident.batch.payload = {}, None
+    def _fail(self, resident: _Resident, run: _StageRun, error: Exception) -> None:
+        request_id, invalid = resident.request_id, error if isinstance(error, InvalidRequest) else None
+        expected = invalid or isinstance(error, torch.OutOfMemoryError)
+        logger.warning("%s of request %s failed", run.role, request_id, exc_info=None if expected else error)
+        reason = invalid.reason if invalid else f"{run.role} failed: {describe(error)}"
+        run.error = None
+        resident.batch.state, resident.batch.payload, resident.batch.frames = {}, None, ()
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # what one request fragmented must not fail the next
         param = invalid.param if invalid else None
-        return StageFailed(self._rank, resident.request_id, role, reason, time.monotonic(), param)
+        event = StageFailed(self._rank, request_id, run.role, reason, time.monotonic(), param)
+        self._release_hold(resident, event, remove=True)
 
     # ------------------------------------------------------------ transfers
 
@@ -319,21 +351,36 @@ class OverlapLoop:
         self._emit(self._edge_event(command, src, dst, reason))
 
 
+@dataclass(eq=False)
+class _StageRun:
+    """One stage of one request on a lane. ``inputs`` is what the device may read until it is done with the stage."""
+
+    role: Role
+    inputs: tuple[object, ...]
+    header: PayloadHeader | None = None
+    error: Exception | None = None
+    began: float = 0.0
+    at: float = 0.0
+
+
 class _Control:
     """Watches one stage: reports its steps and stops it between two of them once the head has dropped the request."""
 
-    def __init__(self, loop: OverlapLoop, resident: _Resident) -> None:
+    def __init__(self, loop: OverlapLoop, resident: _Resident, progress: Progress) -> None:
         self._loop = loop
         self._resident = resident
+        self._progress = progress
 
     def before_step(self) -> None:
+        self._progress.pace()
         if self._resident.ending == "drop":
             raise StageCancelled
 
     def after_step(self, step: int, total: int) -> None:
         rank, request_id = self._loop._rank, self._resident.request_id
-        self._loop._emit(StepDone(rank, request_id, step, total, time.monotonic()))
 
+        def report(reached: Reached) -> None:
+            if reached.error is None:
+                self._loop._emit(StepDone(rank, request_id, step, total, reached.at))
 
-def _expected(error: Exception) -> bool:
-    return isinstance(error, InvalidRequest | torch.OutOfMemoryError)
+        self._progress.then(report, step=True)

@@ -22,6 +22,7 @@ class SyncExecutor:
             with torch.no_grad():
                 for stage in stages:
                     stage.run(batch, self._control)
+                    stage.finish(batch)
         except STAGE_ERRORS as error:
             return ExecutorOutput(error=describe(error))
         return ExecutorOutput(output=batch.media)

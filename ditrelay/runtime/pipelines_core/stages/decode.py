@@ -18,6 +18,9 @@ class DecodeStage:
         self._video = video
 
     def run(self, batch: Batch, control: StageControl) -> None:
-        pixels = self._adapter.decode(batch.requests, batch.state)
-        batch.media = tuple(encode_media(frames, video=self._video) for frames in pixels)
+        batch.frames = self._adapter.decode(batch.requests, batch.state)
         batch.state = {}
+
+    def finish(self, batch: Batch) -> None:
+        batch.media = tuple(encode_media(frames, video=self._video) for frames in batch.frames)
+        batch.frames = ()

@@ -27,3 +27,6 @@ class DenoiseStage:
             batch.state = adapter.finish(session)
         finally:
             adapter.abandon(session)
+
+    def finish(self, batch: Batch) -> None:
+        """Nothing is left to do."""

@@ -17,3 +17,6 @@ class EncodeStage:
 
     def run(self, batch: Batch, control: StageControl) -> None:
         batch.state = self._adapter.encode(batch.requests)
+
+    def finish(self, batch: Batch) -> None:
+        """Nothing is left to do."""

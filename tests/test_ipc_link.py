@@ -1,0 +1,203 @@
+"""The exchange over shared memory, with memory that one process shares with itself in place of a GPU's."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from ditrelay.errors import TransferError, TransferTimeout
+from ditrelay.runtime.communication.endpoint import Endpoint, Job
+from ditrelay.runtime.communication.ipc_channel import Channel, SlotHandle, dial, listen
+from ditrelay.runtime.communication.ipc_link import ReceivingLink, SendingLink
+from ditrelay.runtime.communication.store import StoreServer, connect_store
+from ditrelay.runtime.topology import Edge
+
+EDGE = Edge(3, 0)
+SOON = 10.0
+
+
+class Moment:
+    """An event that is complete once ``gate`` is open."""
+
+    def __init__(self, gate: threading.Event) -> None:
+        self._gate = gate
+
+    def query(self) -> bool:
+        return self._gate.is_set()
+
+
+class HostMemory:
+    """``ipc_link.Memory`` within one process. ``gate``: while it is closed, no copy is complete."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.slots: list[int] = []
+        self.opened: list[int] = []
+        self._address = 0
+
+    def mark(self) -> None:
+        return None
+
+    def new_slot(self, nbytes: int) -> tuple[torch.Tensor, SlotHandle]:
+        slot = torch.zeros(nbytes, dtype=torch.uint8)
+        self.slots.append(nbytes)
+        return slot, SlotHandle(slot.data_ptr().to_bytes(8, "little"), 0, nbytes)
+
+    def fill(self, job: Job, targets: Sequence[torch.Tensor]) -> Moment:
+        for target, view in zip(targets, job.views, strict=True):
+            target.copy_(view)
+        return Moment(self.gate)
+
+    def open(self, slot: SlotHandle) -> None:
+        self.close()
+        self._address = int.from_bytes(slot.handle, "little") + slot.offset
+        self.opened.append(slot.nbytes)
+
+    def pull(self, job: Job, offsets: Sequence[int]) -> Moment:
+        for view, offset in zip(job.views, offsets, strict=True):
+            ctypes.memmove(view.data_ptr(), self._address + offset, view.numel())
+        return Moment(self.gate)
+
+    def close(self) -> None:
+        self._address = 0
+
+
+class Pair:
+    """Both ends of an edge."""
+
+    def __init__(self, timeout: float = SOON) -> None:
+        channels = [Channel(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)]
+        self.memories = HostMemory(), HostMemory()
+        self.source = Endpoint(EDGE, 3, SendingLink(channels[0], self.memories[0]), timeout)
+        self.target = Endpoint(EDGE, 0, ReceivingLink(channels[1], self.memories[1]), timeout)
+
+    def transfer(self, tensors: Sequence[torch.Tensor], seq: int) -> list[torch.Tensor]:
+        received = [torch.empty_like(tensor) for tensor in tensors]
+        works = [self.source.isend(tensors, seq=seq), self.target.irecv(received, seq=seq)]
+        for work in works:
+            work.wait(SOON)
+        return received
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    made = Pair()
+    yield made
+    made.source.close("the test is over")
+    made.target.close("the test is over")
+
+
+def test_tensors_of_any_dtype_and_size_arrive_as_they_were_sent(pair: Pair) -> None:
+    sent = [torch.randn(1000, 33), torch.randn(7).to(torch.bfloat16), torch.empty(0, 3), torch.tensor(True)]
+    received = pair.transfer(sent, 0)
+    assert all(torch.equal(a, b) for a, b in zip(sent, received, strict=True))
+
+
+def test_one_slot_serves_every_payload_that_fits_and_grows_for_one_that_does_not(pair: Pair) -> None:
+    for seq, size in enumerate([10, 1000, 2 << 20, 10, (2 << 20) + 1, 3 << 20, 10]):
+        sent = torch.randint(0, 256, (size,), dtype=torch.uint8)
+        assert torch.equal(pair.transfer([sent], seq)[0], sent)
+    assert pair.memories[0].slots == pair.memories[1].opened == [2 << 20, 4 << 20]
+
+
+def test_a_slot_is_not_written_again_before_the_receiver_has_its_copy(pair: Pair) -> None:
+    sent = [torch.full((100,), i) for i in range(20)]
+    received = [torch.empty_like(tensor) for tensor in sent]
+    works = [pair.source.isend([tensor], seq=i) for i, tensor in enumerate(sent)]
+    time.sleep(0.05)
+    assert not works[0].done(), "the first waits for its receiver, the others behind it"
+    works += [pair.target.irecv([tensor], seq=i) for i, tensor in enumerate(received)]
+    for work in works:
+        work.wait(SOON)
+    assert all(torch.equal(a, b) for a, b in zip(sent, received, strict=True))
+
+
+def test_nothing_is_said_about_a_payload_without_bytes(pair: Pair) -> None:
+    pair.source.isend([torch.empty(0)], seq=0).wait(SOON)
+    pair.target.irecv([], seq=0).wait(SOON)
+
+
+@pytest.mark.parametrize("seq, size", [(1, 100), (0, 99)])
+def test_transfers_that_do_not_belong_together_are_never_mixed_up(pair: Pair, seq: int, size: int) -> None:
+    works = [
+        pair.source.isend([torch.ones(100)], seq=0),
+        pair.target.irecv([torch.zeros(size)], seq=seq, request_id="r"),
+    ]
+    with pytest.raises(TransferError, match="3->0 #0: the other end closed"):
+        works[0].wait(SOON)
+    with pytest.raises(TransferError, match=f"of request r: .*the receiver expects #{seq}"):
+        works[1].wait(SOON)
+
+
+def test_a_receive_whose_send_never_comes_fails_at_the_deadline() -> None:
+    pair = Pair(timeout=0.2)
+    with pytest.raises(TransferTimeout, match=r"3->0 #4 of request r1: not complete within 0.2 s"):
+        pair.target.irecv([torch.zeros(4)], seq=4, request_id="r1").wait(SOON)
+    with pytest.raises(TransferError, match="3->0 #4: the other end closed"):
+        pair.source.isend([torch.zeros(4)], seq=4).wait(SOON)
+
+
+def test_a_copy_that_never_ends_fails_both_ends_at_the_deadline() -> None:
+    pair = Pair(timeout=0.3)
+    pair.memories[1].gate.clear()
+    works = [pair.source.isend([torch.ones(4)], seq=0), pair.target.irecv([torch.zeros(4)], seq=0)]
+    for work in works:
+        with pytest.raises(TransferError):
+            work.wait(SOON)
+    assert isinstance(works[1].error, TransferTimeout)
+
+
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_closing_one_end_fails_both_at_once(pair: Pair, end: str) -> None:
+    work = pair.source.isend([torch.ones(4)], seq=0)
+    time.sleep(0.02)
+    getattr(pair, end).close("worker 3 died")
+    with pytest.raises(TransferError, match="worker 3 died|the other end closed"):
+        work.wait(2.0)
+    with pytest.raises(TransferError):
+        pair.target.irecv([torch.zeros(4)], seq=0).wait(2.0)
+
+
+def test_a_receiver_whose_word_does_not_reach_the_sender_reports_no_success() -> None:
+    """The sender may have given the slot to something else while the copy ran."""
+    pair = Pair()
+    pair.memories[1].gate.clear()
+    pair.source.isend([torch.ones(4)], seq=0)
+    work = pair.target.irecv([torch.zeros(4)], seq=0)
+    time.sleep(0.05)
+    pair.source.close("given up")
+    pair.memories[1].gate.set()
+    with pytest.raises(TransferError, match="the other end closed"):
+        work.wait(2.0)
+
+
+def test_two_ends_find_each_other_through_the_store() -> None:
+    server = StoreServer()
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda meet: meet(connect_store(server.host, server.port, SOON), SOON), (listen, dial)))
+    links = SendingLink(ends[0], HostMemory()), ReceivingLink(ends[1], HostMemory())
+    source, target = (Endpoint(EDGE, rank, link, SOON) for rank, link in zip(EDGE, links, strict=True))
+    received = torch.zeros(5)
+    works = [source.isend([torch.arange(5.0)], seq=0), target.irecv([received], seq=0)]
+    for work in works:
+        work.wait(SOON)
+    assert torch.equal(received, torch.arange(5.0))
+    for end in (source, target):
+        end.close("the test is over")
+
+
+@pytest.mark.parametrize("meet", [listen, dial])
+def test_an_absent_peer_is_given_up_in_time(meet: object) -> None:
+    server = StoreServer()
+    began = time.monotonic()
+    with pytest.raises((OSError, RuntimeError)):
+        meet(connect_store(server.host, server.port, SOON), 0.3)
+    assert time.monotonic() - began < 3.0
