@@ -121,7 +121,7 @@ class StockWorker:
         from ditrelay.runtime.pipelines_core.media import encode_media  # the same file as ditrelay's, at the same cost
 
         try:
-            media = encode_media(frames, video=self._spec.is_video)
+            media = encode_media(frames, fps=16 if self._spec.is_video else 0)
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             self._results.put({"rank": self._spec.rank, "failed": f"making the file failed: {error}"})
         else:

@@ -54,7 +54,7 @@ class Rank:
         adapter = TimedAdapter(TimedOptions.parse(args.model_path))
         self.loop = OverlapLoop(
             self.executor,
-            build_pipeline(adapter, roles, video=False),
+            build_pipeline(adapter, roles),
             lanes=dict.fromkeys(roles, lane),
             priority={"encode": 0, "decode": 1, "denoise": 2},
             emit=events.put,

@@ -363,6 +363,7 @@ def test_ctrl_c_cancels_what_runs_and_exits_130_soon(run: Callable[..., Ran], tm
     def interrupt() -> None:
         while not (tmp_path / "ditrelay-output/1-a-cat.png").exists():
             time.sleep(0.01)
+        time.sleep(0.5)  # the file is there before its outcome is noted
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -61,7 +62,7 @@ class Pair:
 
 
 def stages(roles: frozenset[str]) -> list[Stage]:
-    return build_pipeline(TimedAdapter(TimedOptions.parse(MODEL)), roles, video=False).stages
+    return build_pipeline(TimedAdapter(TimedOptions.parse(MODEL)), roles).stages
 
 
 def batch(prompt: str) -> Batch:
@@ -159,6 +160,7 @@ def test_a_full_window_waits_for_the_oldest_send(caplog: pytest.LogCaptureFixtur
 
     def receive() -> None:
         for header in headers:
+            time.sleep(0.1)  # the sender comes to the next one meanwhile
             incoming = batch("x")
             incoming.header = header
             receiver._recv_batch_from_non_dit(incoming)

@@ -41,7 +41,7 @@ class Rank:
         self._lane.progress = DeviceProgress("test", self.device.record, SOON)
         comm = DisaggCommunicator(0, lambda rank: COLOCATED, LocalNetwork().connect, SOON)
         args = ServerArgs(model_path=MODEL)
-        self.pipeline = build_pipeline(TimedAdapter(TimedOptions.parse(MODEL)), COLOCATED, video=False)
+        self.pipeline = build_pipeline(TimedAdapter(TimedOptions.parse(MODEL)), COLOCATED)
         self.loop = OverlapLoop(
             DisaggregatedExecutor(args, rank=0, roles=COLOCATED, communicator=comm),
             self.pipeline,

@@ -30,6 +30,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         adapter: which ``StageAdapter`` runs it.
         media: what a request makes.
         size_multiple: height and width are multiples of it (pixels).
+        fps: frames a second of a clip; 0 for pictures.
         frame_multiple: the number of frames is k * frame_multiple + 1; 1: any number.
         guidance_above: classifier-free guidance, and with it the negative prompt, has an effect above this scale.
         parallel: which of ``sp``, ``ring``, ``tp`` and ``cfg`` can spread a denoise over ranks (``Family.plans``).
@@ -46,6 +47,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     default_height: int
     default_width: int
     default_num_frames: int = 1
+    fps: int = 0
     default_num_inference_steps: int
     default_guidance_scale: float
     max_prompt_chars: int = 4096
@@ -158,6 +160,7 @@ def _card(name: str, folder: ModelFolder, family: Family) -> ModelCard:
         default_height=_fitting(family.height, sizes),
         default_width=_fitting(family.width, sizes),
         default_num_frames=min(family.num_frames, sizes.max_frames),
+        fps=family.fps,
         default_num_inference_steps=family.steps,
         default_guidance_scale=guidance.default,
         max_side=sizes.max_side,

@@ -75,6 +75,7 @@ class Family:
     height: int = 1024
     width: int = 1024
     num_frames: int = 1
+    fps: int = 0  # of a clip, as the family was trained
     steps: int = 50
     guidance: Guidance
     needs_image: bool = False
@@ -169,6 +170,7 @@ FAMILIES: tuple[Family, ...] = (
         height=480,
         width=832,
         num_frames=81,
+        fps=16,
         guidance=_WAN,
         parallel=("sp", "ring"),
         exact_timestep=True,
@@ -184,6 +186,7 @@ FAMILIES: tuple[Family, ...] = (
         height=480,
         width=832,
         num_frames=81,
+        fps=16,
         guidance=_WAN,
         needs_image=True,
         parallel=("sp", "ring"),
@@ -199,6 +202,7 @@ FAMILIES: tuple[Family, ...] = (
         height=512,
         width=704,
         num_frames=161,
+        fps=25,
         guidance=Guidance(default=3.0, via="guider", negative="", always_negative=True),
     ),
     Family(
@@ -210,6 +214,7 @@ FAMILIES: tuple[Family, ...] = (
         height=480,
         width=720,
         num_frames=49,
+        fps=8,
         guidance=Guidance(default=6.0, via="input", negative=""),
         encode_outputs=("prompt_embeds", "negative_prompt_embeds"),
     ),

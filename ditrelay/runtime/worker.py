@@ -148,7 +148,7 @@ class Worker:
         )
         lanes = self._make_lanes()
         self._lanes = set(lanes.values())
-        pipeline = build_pipeline(adapter, self.roles, video=spec.card.media == "video")
+        pipeline = build_pipeline(adapter, self.roles, fps=spec.card.fps)
         self._loop = OverlapLoop(
             self._executor,
             pipeline,

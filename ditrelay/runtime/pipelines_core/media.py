@@ -26,14 +26,14 @@ class Media:
     num_frames: int
 
 
-def encode_media(frames: Frames, *, video: bool, fps: int = 16) -> Media:
-    """The file of ``frames``, uint8 [frames, height, width, 3].
+def encode_media(frames: Frames, *, fps: int = 0) -> Media:
+    """The file of ``frames``, uint8 [frames, height, width, 3]: a clip of ``fps`` frames a second, or with 0 a picture.
 
     A clip whose height or width is odd is refused by H.264's 4:2:0 layout; ditrelay's size rules exclude it.
     """
     num_frames, height, width, _ = frames.shape
-    data = _mp4(frames, fps) if video else _png(frames)
-    return Media(data, "video/mp4" if video else "image/png", width, height, num_frames)
+    data = _mp4(frames, fps) if fps else _png(frames)
+    return Media(data, "video/mp4" if fps else "image/png", width, height, num_frames)
 
 
 def _png(frames: Frames) -> bytes:

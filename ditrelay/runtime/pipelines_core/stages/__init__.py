@@ -10,7 +10,7 @@ from ditrelay.runtime.pipelines_core.stages.encode import EncodeStage
 from ditrelay.runtime.topology import Role
 
 
-def build_pipeline(adapter: StageAdapter, roles: frozenset[Role], *, video: bool) -> Pipeline:
-    """The stages that a rank with these roles runs."""
-    stages: list[Stage] = [EncodeStage(adapter), DenoiseStage(adapter), DecodeStage(adapter, video=video)]
+def build_pipeline(adapter: StageAdapter, roles: frozenset[Role], *, fps: int = 0) -> Pipeline:
+    """The stages that a rank with these roles runs. ``fps``: frames a second of a clip; 0: pictures."""
+    stages: list[Stage] = [EncodeStage(adapter), DenoiseStage(adapter), DecodeStage(adapter, fps)]
     return Pipeline([stage for stage in stages if stage.role in roles])
