@@ -1,4 +1,5 @@
 # make demo: pictures in demo-output/.   make test: the test suite.   make lint: ruff and mypy.
+# make gpu-test: the tests that need GPUs (each skips with a reason where there are too few).
 #
 # PYTHON: the interpreter that makes .venv.   PIP_ARGS: more arguments for pip (an index with another build of torch).
 # PYTEST_ARGS: more arguments for pytest.
@@ -15,13 +16,16 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu-test lint clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+gpu-test: $(DEV_STAMP)
+	$(BIN)/python -m pytest -q -rs tests/test_cuda_transport.py tests/test_cuda_engine.py $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ on the lanes, transfers on the edges' threads.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import logging
 import os
@@ -49,13 +50,18 @@ LINGER_SECONDS = 2.0
 def run_worker(spec: WorkerSpec) -> None:
     """The worker process's entry point; returns when the worker is told to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
+    faulthandler.enable()  # a crash in native code leaves its stack on stderr
     # Control threads wait behind a thread that launches kernels: hand the interpreter over ten times sooner.
     sys.setswitchinterval(0.0005)
     sockets = WorkerSockets(spec.run_dir, spec.rank, spec.incarnation)
     _log_to_head(spec, sockets)
     worker = Worker(spec, sockets)
     threading.Thread(target=worker.load, name="load", daemon=True).start()
-    worker.obey()
+    try:
+        worker.obey()
+    except Exception as error:  # as in ``load``: whatever it was, the head must hear of it
+        logger.debug("rank %d cannot go on", spec.rank, exc_info=True)
+        worker.fail(describe(error))
     sockets.close(LINGER_SECONDS)
     sys.exit(worker.exit_code)
 
@@ -105,7 +111,7 @@ class Worker:
                 self._follow(adapter)
         except Exception as error:  # a worker that cannot go on says why, whatever it was, and ends
             logger.debug("rank %d cannot go on", self.rank, exc_info=True)
-            self._fail(describe(error))
+            self.fail(describe(error))
 
     def _load_spec(self) -> LoadSpec:
         args = self.spec.args
@@ -155,7 +161,7 @@ class Worker:
             lanes=lanes,
             priority=_priority(self.roles),
             emit=self._sockets.emit,
-            on_broken=self._fail,
+            on_broken=self.fail,
         )
 
     def _communicator(self) -> DisaggCommunicator:
@@ -187,7 +193,7 @@ class Worker:
         peer = ReplicaPeer(replica_address(spec.run_dir, spec.rank, spec.incarnation))
         follow(peer, adapter, self.device, self._stop.is_set)
 
-    def _fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> None:
         self._sockets.emit(WorkerFailed(self.rank, reason))
         self.exit_code = 1
         self._stop.set()
