@@ -64,6 +64,19 @@ def test_a_failing_stage_fails_its_request_and_no_other(stage: str) -> None:
     assert [fleet.outcomes[i].outcome for i in ids if i != ids[5]] == ["done"] * 11
 
 
+def test_a_file_that_cannot_be_made_fails_its_request_whatever_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("no encoder here")
+
+    monkeypatch.setattr("ditrelay.runtime.pipelines_core.stages.decode.encode_media", refuse)
+    with Fleet(args()) as fleet:
+        request_id = fleet.submit("a cat")
+        fleet.wait(10)
+        fleet.settle()
+    reason = fleet.outcomes[request_id].reason
+    assert reason is not None and "no encoder here" in reason
+
+
 def test_what_only_the_encoder_can_refuse_names_the_parameter() -> None:
     with Fleet(args()) as fleet:
         request_id = fleet.submit("[invalid encode]")

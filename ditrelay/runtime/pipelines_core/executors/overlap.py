@@ -49,7 +49,7 @@ from ditrelay.runtime.messages import (
 from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
-from ditrelay.runtime.pipelines_core.executors.pipeline_executor import STAGE_ERRORS, describe
+from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Pipeline, StageCancelled
 from ditrelay.runtime.topology import Edge, Role
@@ -248,7 +248,7 @@ class OverlapLoop:
         """On the media thread: the lane decodes the next request meanwhile."""
         try:
             self._pipeline.stage("decode").finish(resident.batch)
-        except STAGE_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - as in ``_compute``: whatever it was, its request fails
             self._fail(resident, run, error)
             return
         m, rank, request_id = resident.batch.media[0], self._rank, resident.request_id
@@ -286,7 +286,8 @@ class OverlapLoop:
             if resident:
                 resident.holds += 1
         if resident is None:
-            self._edge_failed(command, self._rank, command.dst, f"nothing held of request {command.request_id}")
+            reason = f"nothing held of request {command.request_id}"
+            self._emit(self._edge_event(command, self._rank, command.dst, reason))
             return
         start = (
             executor._async_send_batch_to_dit if "encode" in executor.roles else executor._async_send_batch_to_non_dit
@@ -346,9 +347,6 @@ class OverlapLoop:
     def _edge_event(self, command: Send | Expect, src: int, dst: int, reason: str) -> EdgeFailed:
         request_id = command.request_id if isinstance(command, Send) else command.request.request_id
         return EdgeFailed(self._rank, src, dst, command.generation, reason, request_id, command.seq)
-
-    def _edge_failed(self, command: Send | Expect, src: int, dst: int, reason: str) -> None:
-        self._emit(self._edge_event(command, src, dst, reason))
 
 
 @dataclass(eq=False)
