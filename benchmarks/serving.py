@@ -33,8 +33,9 @@ from serving_workloads import WORKLOADS, Device, System, Workload, not_possible,
 
 HERE = Path(__file__).resolve().parent
 END_SECONDS = 5.0  # past its limit before a system's processes are killed
-SHARE_SLACK = 1.5  # a system may take so much more than its share of what is left
-LEAST_SECONDS = 20.0
+SHARE_SLACK = 1.1  # a system may take so much more than its share of what is left
+PAIR_WEIGHT = 2.5  # of the pair's two systems, each beside the others' 1
+LEAST_SECONDS = 30.0  # a system has: ranks take so long to start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class Options:
 
     ranks: int = 4
     systems: str = ""
-    time_limit: float = 120.0
+    time_limit: float = 240.0
     budget: float = 540.0
     requests: int | None = None
     rates: tuple[float, ...] | None = None
@@ -69,7 +70,8 @@ def run_workload(workload: Workload, options: Options, models: Path, json_file: 
         left = options.budget - (time.monotonic() - began)
         record = skipped(workload, system, left)
         if not record:
-            limit = min(options.time_limit, left, SHARE_SLACK * left / (len(systems) - number))
+            others = [other for other in systems[number + 1 :] if not not_possible(workload, other)]
+            limit = min(options.time_limit, share_of_time(system, others, left))
             record = run_system(_order(workload, system, options, model, limit, result["systems"]))
         result["systems"].append(record)
         print(f"[{time.monotonic() - began:5.0f} s] {serving_report.one_line(record)}", flush=True)
@@ -78,6 +80,12 @@ def run_workload(workload: Workload, options: Options, models: Path, json_file: 
             json_file.parent.mkdir(parents=True, exist_ok=True)
             json_file.write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def share_of_time(system: System, others: Sequence[System], left: float) -> float:
+    """Seconds at most for ``system`` where ``others`` come after it. The pair has more to measure."""
+    weight, *weights = (PAIR_WEIGHT if each.pair else 1.0 for each in (system, *others))
+    return min(left, max(LEAST_SECONDS, SHARE_SLACK * left * weight / (weight + sum(weights))))
 
 
 def skipped(workload: Workload, system: System, left: float) -> dict[str, Any] | None:
@@ -150,7 +158,7 @@ def add_options(arguments: argparse.ArgumentParser) -> None:
     default = Options()
     arguments.add_argument("--ranks", type=int, default=default.ranks, help="GPUs, or processes on a CPU (default 4)")
     arguments.add_argument("--systems", default="", help="letters or names, comma-separated (default: the workload's)")
-    arguments.add_argument("--time-limit", type=float, default=default.time_limit, help="seconds a system (120)")
+    arguments.add_argument("--time-limit", type=float, default=default.time_limit, help="seconds a system (240)")
     arguments.add_argument("--requests", type=int, help="counted requests a phase (default: the workload's)")
     arguments.add_argument("--rates", type=_rates, help="open-loop rates as shares of capacity, such as 0.8,0.5")
     arguments.add_argument("--device", choices=("cpu", "cuda"), help="in place of the workload's")

@@ -11,6 +11,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,14 @@ def make_tiny(workload: Workload, folder: Path) -> None:
     made.rename(folder)
 
 
-def build_stock_pipeline(folder: str, *, device: str, dtype: str, load_format: str) -> Any:
-    """The stock diffusers pipeline, whole, on one device; with ``dummy`` the random weights that ditrelay makes."""
+def build_stock_pipeline(
+    folder: str, *, device: str, dtype: str, load_format: str, given: Mapping[str, Any] | None = None
+) -> Any:
+    """The stock diffusers pipeline, whole, on one device; with ``dummy`` the random weights that ditrelay makes.
+
+    Args:
+        given: components that are there already.
+    """
     import diffusers
     import torch
     from diffusers.utils import logging
@@ -73,9 +80,9 @@ def build_stock_pipeline(folder: str, *, device: str, dtype: str, load_format: s
     path = resolved(folder)
     torch_dtype = getattr(torch, dtype)
     if load_format != "dummy":
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(path), dtype=torch_dtype).to(device)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(path), dtype=torch_dtype, **given or {}).to(device)
     else:
-        pipeline = _with_random_weights(path, torch.device(device), torch_dtype)
+        pipeline = _with_random_weights(path, torch.device(device), torch_dtype, given or {})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -87,7 +94,7 @@ def resolved(folder: str) -> Path:
     return find_folder(folder, weights=False)
 
 
-def _with_random_weights(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _with_random_weights(path: Path, device: torch.device, dtype: torch.dtype, given: Mapping[str, Any]) -> Any:
     import diffusers
     from torch.nn import Module
 
@@ -95,8 +102,10 @@ def _with_random_weights(path: Path, device: torch.device, dtype: torch.dtype) -
     from ditrelay.models.folder import ModelFolder
 
     folder = ModelFolder(path)
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = dict(given)
     for name, (library, class_name) in folder.components.items():
+        if name in parts:
+            continue
         cls = getattr(importlib.import_module(library), class_name)
         if issubclass(cls, Module):
             parts[name] = build_dummy(cls, path / name, dtype=dtype, device=device)

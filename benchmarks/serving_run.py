@@ -27,6 +27,8 @@ CLOSE_SECONDS = 8.0  # kept back from the limit for ending the system
 WARM_UP_STEPS = 2
 DRAIN_SECONDS = 60.0  # for what a phase leaves behind
 LEAST_COUNTED = 3  # requests, without which a saturated phase that was cut short shows nothing
+LEAST_ARRIVALS = 10  # in an open-loop phase, without which it shows nothing
+SATURATED_SHARE = 0.4  # of a pair's time, at most, so that its open-loop phase has the rest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ class Measurement:
         self._deadline = time.monotonic() + order.limit - CLOSE_SECONDS
         self._client = Client(target)
         self._requests = order.requests or workload.requests
+        self._rates = workload.rates if order.rates is None else order.rates
         system = order.system
         self.record: dict[str, Any] = {"name": system.name, **asdict(system), "status": "running", "open": []}
 
@@ -150,9 +153,11 @@ class Measurement:
     def _saturated(self) -> None:
         system = self._order.system
         concurrency = self._workload.concurrency * system.ranks
-        wanted = system.units if self._workload.short_lead else concurrency
+        # after two bursts and one request every rank has work of its own
+        wanted = system.units if self._workload.short_lead else min(concurrency, 2 * system.units + 1)
         lead, count = figures.lead_and_count(system.units, self._requests, wanted)
-        phase = self._client.closed(concurrency, lead + count, self._deadline)
+        share = SATURATED_SHARE if system.pair and self._rates else 1.0
+        phase = self._client.closed(concurrency, lead + count, time.monotonic() + share * self.left)
         if phase.unfinished:
             ended = len(phase.samples)
             self.record["reason"] = f"{ended} of {lead + count} requests ended at saturation before the time limit"
@@ -192,30 +197,40 @@ class Measurement:
 
     def _arrivals(self) -> None:
         capacity = self.record["saturated"]["rate"]
-        rates = self._workload.rates if self._order.rates is None else self._order.rates
-        if self._order.system.pair and rates:
+        if self._order.system.pair and self._rates:
             common = self._order.common_rate or COMMON_SHARE * capacity
             self._poisson(common, f"{COMMON_SHARE:.0%} of lock-step", common=True)
-        for share in rates:
+        for share in self._rates:
             self._poisson(share * capacity, f"{share:.0%} of its own", common=False)
 
     def _poisson(self, rate: float, label: str, *, common: bool) -> None:
-        lead = lead_of(self._requests)
-        point: dict[str, Any] = {"label": label, "common": common, "rate": rate, "counted": self._requests}
+        point: dict[str, Any] = {"label": label, "common": common, "rate": rate}
         self.record["open"].append(point)
         if not self._client.drain(max(0.0, min(DRAIN_SECONDS, self.left))):
             point["skipped"] = "the requests of the phase before had not ended in time"
             return
-        arrivals = poisson_arrivals(rate, lead + self._requests, self._order.seed)
-        needed = arrivals[-1] + 2 * self.record["low"]["latency"]["p50"]
-        if needed > self.left:
-            point["skipped"] = f"{needed:.0f} s were needed and {max(0.0, self.left):.0f} s were left"
+        lead, arrivals = self._fitting(rate)
+        point["counted"] = len(arrivals) - lead
+        if len(arrivals) < LEAST_ARRIVALS:
+            point["skipped"] = f"{max(0.0, self.left):.0f} s were left, too few for {LEAST_ARRIVALS} arrivals"
             return
+        needed = arrivals[-1] + self._tail
         began = time.monotonic()
         # a system that can't keep up would pile up requests without end
         phase = self._client.open(arrivals, min(self._deadline, began + 1.5 * needed + 5))
         point |= open_figures(phase, began + arrivals[lead])
         self._keep()
+
+    @property
+    def _tail(self) -> float:
+        """Seconds for what an open-loop phase leaves to be done after its last arrival."""
+        return 4.0 * float(self.record["low"]["latency"]["p50"])
+
+    def _fitting(self, rate: float) -> tuple[int, list[float]]:
+        """The lead, and the arrivals: as many of the wanted ones as there is time for."""
+        arrivals = poisson_arrivals(rate, lead_of(self._requests) + self._requests, self._order.seed)
+        arrivals = [each for each in arrivals if each <= self.left - self._tail]
+        return lead_of(len(arrivals)), arrivals
 
 
 def open_figures(phase: Phase, first: float) -> dict[str, Any]:

@@ -145,11 +145,6 @@ class StockTarget:
 
 
 def stock_spec(system: System, workload: Workload, model: str, *, compiled: bool, meeting: str) -> StockSpec:
-    call: dict[str, Any] = {"height": workload.height, "width": workload.width}
-    if workload.num_frames is not None:
-        call["num_frames"] = workload.num_frames
-    if workload.guidance is not None:
-        call["guidance_scale"] = workload.guidance
     spread = system.kind == "stock-cp"
     return StockSpec(
         rank=0,
@@ -159,9 +154,19 @@ def stock_spec(system: System, workload: Workload, model: str, *, compiled: bool
         load_format=workload.load_format,
         device=workload.device,
         dtype=workload.dtype,
-        call=tuple(sorted(call.items())),
+        call=tuple(sorted(call_of(workload).items())),
         is_video=workload.is_video,
         any_length=any(length % system.ranks for length in workload.cp_sequences),
         compiled=compiled,
         warm_up_steps=min(2, workload.steps),
     )
+
+
+def call_of(workload: Workload) -> dict[str, Any]:
+    """The arguments of a stock pipeline's call that are the same for every request."""
+    call: dict[str, Any] = {"height": workload.height, "width": workload.width}
+    if workload.num_frames is not None:
+        call["num_frames"] = workload.num_frames
+    if workload.guidance is not None:
+        call["guidance_scale"] = workload.guidance
+    return call

@@ -152,14 +152,17 @@ class StockWorker:
 
 
 class StageClock:
-    """When the first transformer forward and the VAE's decode begin. ``read`` once the pixels are in host memory."""
+    """When the prompt is encoded and the VAE's decode begins. ``read`` once the pixels are in host memory.
+
+    A denoise begins, as ours does, with all that is to be prepared for it.
+    """
 
     def __init__(self, pipeline: Any, device: Any) -> None:
         self._cuda = device.type == "cuda"
         self._began = 0.0
         self._marks: list[Any] = []
-        pipeline.transformer.register_forward_pre_hook(lambda *_: self._mark(expected=1))
-        pipeline.vae.decode = self._marking(pipeline.vae.decode)
+        pipeline.encode_prompt = self._marking(pipeline.encode_prompt, before=None, after=1)
+        pipeline.vae.decode = self._marking(pipeline.vae.decode, before=2, after=None)
 
     def start(self) -> None:
         self._marks = []
@@ -175,15 +178,17 @@ class StageClock:
         stages = {"encode": at[1] - at[0], "denoise": at[2] - at[1], "decode": at[3] - at[2]}
         return stages, (self._began + at[1], self._began + at[2])
 
-    def _marking(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+    def _marking(self, call: Callable[..., Any], *, before: int | None, after: int | None) -> Callable[..., Any]:
         def marked(*args: Any, **kwargs: Any) -> Any:
-            self._mark(expected=2)
-            return decode(*args, **kwargs)
+            self._mark(before)
+            result = call(*args, **kwargs)
+            self._mark(after)
+            return result
 
         return marked
 
-    def _mark(self, expected: int) -> None:
-        """Take mark number ``expected`` where it is the next: later forwards and decodes of a request don't count."""
+    def _mark(self, expected: int | None) -> None:
+        """Take mark number ``expected`` where it is the next: later calls within a request don't count."""
         if len(self._marks) == expected:
             if self._cuda:
                 import torch

@@ -26,7 +26,7 @@ class Workload:
         stock: diffusers has a pipeline for the model.
         cp_sequences: the lengths that context parallelism splits. Plain Ulysses where the degree divides all of them,
             else the kind that takes any length (it is slower).
-        requests: counted requests of the saturated phase and of each open-loop phase.
+        requests: counted requests of the saturated phase and of each open-loop phase; fewer where time runs out.
         low: requests of the low-load phase, one at a time.
         rates: open-loop arrival rates as shares of the system's own measured capacity, the most wanted first.
         concurrency: requests kept waiting or running in the saturated phase, per rank.
@@ -84,7 +84,7 @@ def _wan(frames: int, steps: int, **more: Any) -> Workload:
         num_frames=frames,
         guidance=5.0,
         cp_sequences=(tokens,),
-        **more,
+        **({"low": 2, "rates": (0.8,)} | more),
     )
 
 

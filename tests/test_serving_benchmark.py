@@ -9,6 +9,7 @@ import statistics
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,23 @@ def test_a_family_without_a_plan_is_reported_and_not_run() -> None:
 def test_a_system_for_which_no_time_is_left_is_reported_and_not_run() -> None:
     record = serving.skipped(WORKLOADS["emoji"], System(kind="colocated", ranks=4), left=3)
     assert record is not None and record["status"] == "not run" and "3 s of the budget" in record["reason"]
+
+
+def test_the_pair_has_more_of_the_time_and_no_system_too_little_to_start() -> None:
+    pair, other = System(kind="async", ranks=4, non_dit=1, sp=3, pair=True), System(kind="colocated", ranks=4)
+    assert serving.share_of_time(pair, [other] * 2, 450.0) > 2 * serving.share_of_time(other, [pair, other], 450.0)
+    assert serving.share_of_time(other, [], 450.0) == 450.0
+    assert serving.share_of_time(other, [pair] * 6, 100.0) == serving.LEAST_SECONDS
+
+
+def test_an_open_loop_phase_has_as_many_arrivals_as_there_is_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = serving_run.Order(workload="timed", system=COLOCATED, model="m", device="cpu", limit=48.0)
+    measurement = serving_run.Measurement(order, WORKLOADS["timed"], SimpleNamespace(), lambda record: None)
+    measurement.record["low"] = {"latency": {"p50": 0.5}}
+    lead, arrivals = measurement._fitting(rate=1.0)
+    assert 20 < len(arrivals) < 33 and arrivals[-1] < 38 and lead == 3
+    lead, arrivals = measurement._fitting(rate=10.0)
+    assert len(arrivals) == 33
 
 
 def test_plain_ulysses_is_used_where_the_ranks_divide_every_sequence() -> None:

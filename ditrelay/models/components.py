@@ -19,7 +19,7 @@ from ditrelay.models.dummy import build_dummy
 from ditrelay.models.folder import LIBRARIES, ModelFolder, check_component
 from ditrelay.models.offload import Parked, offload_blocks, offload_name
 from ditrelay.models.parallel import ReplicaMesh, supports_context_parallel
-from ditrelay.models.quirks import ATTENTION_BACKENDS, RING_BACKENDS
+from ditrelay.models.quirks import ATTENTION_BACKENDS, CHANNELS_LAST_VAES, RING_BACKENDS
 
 if TYPE_CHECKING:
     from ditrelay.models.load_spec import LoadSpec
@@ -56,8 +56,8 @@ class ComponentStore:
             component = self._load(name)
             if name == "transformer":
                 self._prepare(component)
-            elif self._is_offloaded(name) and isinstance(component, torch.nn.Module):
-                self._parked[name] = Parked(component, self._device)
+            elif isinstance(component, torch.nn.Module):
+                self._settle(name, component)
             self._loaded[name] = component
         return self._loaded[name]
 
@@ -118,6 +118,12 @@ class ComponentStore:
     def _is_offloaded(self, name: str) -> bool:
         return offload_name(name) in self._spec.offload
 
+    def _settle(self, name: str, component: torch.nn.Module) -> None:
+        if self._device.type == "cuda" and type(component).__name__ in CHANNELS_LAST_VAES:
+            put_channels_last(component)
+        if self._is_offloaded(name):
+            self._parked[name] = Parked(component, self._device)
+
     def _prepare(self, transformer: Any) -> None:
         """Attention kernels first (parallelism checks them), compilation last (it sees the hooks of the others)."""
         spec = self._spec
@@ -172,6 +178,14 @@ def compile_blocks(transformer: Any) -> None:
         transformer.compile_repeated_blocks()
     else:
         transformer.compile()
+
+
+def put_channels_last(module: torch.nn.Module) -> None:
+    """The weights of 2-D and 3-D convolutions with their channels last in memory; values and shapes stay."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in module.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
 def quiet_libraries() -> None:

@@ -91,6 +91,10 @@ class Family:
         return (*self.parallel, "cfg") if self.guidance.via == "guider" else self.parallel
 
 
+# Whose convolutions are faster on a GPU with channels last in memory: a decode of Wan 480p x 81 by 10% on an H100.
+# AutoencoderKL is not among them: there a decode of FLUX at 1024x1024 takes 57% longer.
+CHANNELS_LAST_VAES = frozenset({"AutoencoderKLWan"})
+
 _WAN = Guidance(default=5.0, via="guider", negative="", always_negative=True)
 
 FAMILIES: tuple[Family, ...] = (

@@ -7,9 +7,12 @@ a hook inside it calls ``pause`` before each step. Many loops can interleave on 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
+
+from ditrelay.models.uploads import AsyncUploads
 
 
 def pause(total_steps: int) -> None:
@@ -40,7 +43,8 @@ class StepDriver:
 
     def start(self) -> None:
         """Run everything before the first step; ``total_steps`` is known then. Raises what the loop raises."""
-        total = self._turn()
+        with AsyncUploads() if torch.cuda.is_available() else nullcontext():
+            total = self._turn()
         if self.finished:
             raise RuntimeError("the loop ended without a step")
         self.total_steps = int(total)  # type: ignore[call-overload]
