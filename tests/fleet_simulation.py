@@ -166,9 +166,16 @@ class SimulatedFleet:
                 self.events[rank].append(EdgeUp(rank, wire.src, wire.dst, wire.generation))
 
     def _send(self, worker: Worker, command: Send) -> None:
-        resident = worker.residents[command.request_id]
-        assert resident.here and resident.stage is None, f"{command}: there is nothing to send"
         wire = self._wire(worker.rank, command.dst, command.generation)
+        resident = worker.residents.get(command.request_id)
+        if resident is None and command.early:
+            wire.posted[worker.rank] += 1
+            wire.broken = True
+            self._say_failed(worker, wire, "nothing held")  # its stage failed after it was launched
+            return
+        assert resident is not None, f"{command}: nothing is held"
+        made = resident.here and resident.stage is None
+        assert made or (command.early and resident.launched), f"{command}: there is nothing to send"
         self._post(worker, wire, command.seq, resident)
         wire.sends.append((command.seq, resident))
 

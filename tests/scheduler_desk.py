@@ -15,6 +15,7 @@ from ditrelay.runtime.messages import (
     EdgeUp,
     Encoded,
     Finish,
+    Launched,
     OpenEdge,
     Received,
     SchedulerEvent,
@@ -86,6 +87,9 @@ class Desk:
     def started(self, name: str, stage: Stage) -> None:
         self.do(Started(self.rank_of(name), name, stage, self.now))
 
+    def launched(self, name: str, nbytes: int = 1, rank: int | None = None) -> None:
+        self.do(Launched(self.rank_of(name) if rank is None else rank, name, header(name, nbytes)))
+
     def encoded(self, name: str, nbytes: int = 1) -> None:
         self.do(Encoded(self.rank_of(name), name, header(name, nbytes), 0.0, self.now))
 
@@ -97,10 +101,10 @@ class Desk:
 
     def received_event(self, name: str) -> Received:
         record = self.record(name)
-        edge = record.edge
+        edge, seq = (record.edge, record.seq) if record.promise is None else (record.promise.edge, record.promise.seq)
         assert edge is not None
         ends = edge.dst.leader, name, edge.src.leader
-        return Received(*ends, edge.generation, record.seq, 0.0, self.now)
+        return Received(*ends, edge.generation, seq, 0.0, self.now)
 
     def received(self, name: str) -> None:
         self.do(self.received_event(name))

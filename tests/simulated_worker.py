@@ -19,6 +19,7 @@ from ditrelay.runtime.messages import (
     Dropped,
     Encode,
     Encoded,
+    Launched,
     Release,
     SchedulerEvent,
     Stage,
@@ -53,10 +54,11 @@ class Faults:
 
 @dataclass
 class World:
-    """What all workers of one fleet share."""
+    """What all workers of one fleet share. ``launched``: the chance that an encode is announced before it is done."""
 
     random: random.Random
     payload_bytes: int
+    launched: float = 0.0
     faults: Faults = field(default_factory=Faults)
 
     def chance(self, chance: float) -> bool:
@@ -79,10 +81,10 @@ class Wire:
 
     @property
     def can_move(self) -> bool:
-        """Whether a transfer on it may end now."""
+        """Whether a transfer on it may end now; the first holds up those behind it until its product is made."""
         if self.broken:
             return bool(self.sends or self.expects)
-        return bool(self.sends and self.expects) and not self.hung
+        return bool(self.sends and self.expects) and self.sends[0][1].here and not self.hung
 
 
 @dataclass(eq=False)
@@ -94,6 +96,7 @@ class Resident:
     wire: Wire | None = None  # over which its input came; None once a stage computes on it, and for a product
     here: bool = False  # a payload (input or product) is complete
     stage: Stage | None = None  # queued or running
+    launched: bool | None = None  # whether its encode is announced; None: not decided
     transfers: int = 0
     dropped: bool = False
 
@@ -156,7 +159,7 @@ class Worker:
             self.said.append(Dropped(self.rank, request_id))
             return
         resident.dropped = True
-        if resident.stage is not None and resident in self.lanes[resident.stage]:
+        if resident.stage is not None and resident in self.lanes[resident.stage] and not resident.launched:
             self.lanes[resident.stage].remove(resident)
             resident.stage = None
         self.settle(resident)
@@ -177,6 +180,8 @@ class Worker:
     def compute(self, stage: Stage) -> None:
         """The next bit of work on ``stage``: its start, a step, its end, or a fault."""
         resident, world = self.running.get(stage), self.world
+        if stage == "encode" and self._launch_next():
+            return
         if resident is None:
             self.running[stage] = resident = self.lanes[stage].popleft()
             resident.wire = None
@@ -195,17 +200,36 @@ class Worker:
             self.said.append(self._product(resident, stage))
             self._computed(resident)
 
+    def _launch_next(self) -> bool:
+        """The lane's thread is ahead of its device: it may launch the encodes in their order, begun or not."""
+        lane = [self.running["encode"]] if "encode" in self.running else []
+        undecided = [r for r in (*lane, *self.lanes["encode"]) if r.launched is None and not r.dropped]
+        if not undecided or self.world.chance(0.5):
+            return False
+        resident = undecided[0]
+        resident.launched = self.world.chance(self.world.launched)
+        if resident.launched:
+            resident.nbytes = self._payload_bytes()
+            self.said.append(Launched(self.rank, resident.request_id, header(resident.request_id, resident.nbytes)))
+        return resident.launched
+
+    def _payload_bytes(self) -> int:
+        return self.world.random.randint(1, self.world.payload_bytes)
+
     def _product(self, resident: Resident, stage: Stage) -> SchedulerEvent:
         rank, request_id = self.rank, resident.request_id
         if stage == "decode":
             self.remove(resident)
             return Decoded(rank, request_id, b"", "image/png", 8, 8, 1, 0.0, 0.0)
-        resident.here, resident.nbytes = True, self.world.random.randint(1, self.world.payload_bytes)
+        resident.nbytes = resident.nbytes if resident.launched else self._payload_bytes()
+        resident.launched, resident.here = False, True
         made = Encoded if stage == "encode" else Denoised
         return made(rank, request_id, header(request_id, resident.nbytes), 0.0, 0.0)
 
     def _computed(self, resident: Resident) -> None:
+        """An early send of what failed or was dropped goes out all the same: the receiver waits for it."""
         assert resident.stage is not None
+        resident.here |= bool(resident.launched)
         del self.running[resident.stage]
         resident.stage = None
         self.settle(resident)

@@ -17,6 +17,7 @@ from ditrelay.runtime.communication.endpoint import Endpoint, Job
 from ditrelay.runtime.communication.ipc_channel import Channel, SlotHandle, dial, listen
 from ditrelay.runtime.communication.ipc_link import ReceivingLink, SendingLink
 from ditrelay.runtime.communication.store import StoreServer, connect_store
+from ditrelay.runtime.communication.transport import Early, Work
 from ditrelay.runtime.topology import Edge
 
 EDGE = Edge(3, 0)
@@ -31,6 +32,22 @@ class Moment:
 
     def query(self) -> bool:
         return self._gate.is_set()
+
+
+class Copy(Moment):
+    """A copy that is queued behind ``ready`` and complete once ``gate`` is open."""
+
+    def __init__(self, job: Job, targets: Sequence[torch.Tensor], gate: threading.Event) -> None:
+        super().__init__(gate)
+        self._job = job
+        self._targets = targets
+
+    def query(self) -> bool:
+        if self._job.ready is not None and not self._job.ready.query():
+            return False
+        for target, view in zip(self._targets, self._job.views, strict=True):
+            target.copy_(view)
+        return super().query()
 
 
 class HostMemory:
@@ -52,9 +69,7 @@ class HostMemory:
         return slot, SlotHandle(slot.data_ptr().to_bytes(8, "little"), 0, nbytes)
 
     def fill(self, job: Job, targets: Sequence[torch.Tensor]) -> Moment:
-        for target, view in zip(targets, job.views, strict=True):
-            target.copy_(view)
-        return Moment(self.gate)
+        return Copy(job, targets, self.gate)
 
     def open(self, slot: SlotHandle) -> None:
         self.close()
@@ -177,6 +192,68 @@ def test_a_receiver_whose_word_does_not_reach_the_sender_reports_no_success() ->
     pair.memories[1].gate.set()
     with pytest.raises(TransferError, match="the other end closed"):
         work.wait(2.0)
+
+
+# ---------------------------------------------------------------- asked for before the tensors are made
+
+
+def start_early(pair: Pair, made: threading.Event, seconds: float) -> tuple[torch.Tensor, torch.Tensor, list[Work]]:
+    """The tensor that is still being made until ``made``, where it goes, and both ends' works."""
+    sent, received = torch.zeros(100), torch.full((100,), -1.0)
+    works = [
+        pair.source.isend([sent], seq=0, early=Early(seconds, Moment(made))),
+        pair.target.irecv([received], seq=0, early=Early(seconds)),
+    ]
+    return sent, received, works
+
+
+def test_an_early_transfer_moves_what_is_there_when_it_is_made_however_long_that_takes() -> None:
+    pair, made = Pair(timeout=0.2), threading.Event()
+    sent, received, works = start_early(pair, made, seconds=SOON)
+    time.sleep(0.5)
+    assert not any(work.done() for work in works)
+    sent.fill_(7.0)
+    made.set()
+    for work in works:
+        work.wait(SOON)
+    assert received.eq(7.0).all()
+
+
+def test_what_is_never_made_fails_both_ends_at_the_end_of_both_limits() -> None:
+    pair = Pair(timeout=0.1)
+    began = time.monotonic()
+    *_, works = start_early(pair, threading.Event(), seconds=0.3)
+    for work in works:
+        with pytest.raises(TransferError):
+            work.wait(SOON)
+    assert 0.3 < time.monotonic() - began < 2.0
+    timed_out = next(work.error for work in works if isinstance(work.error, TransferTimeout))
+    assert r"0.3 s (--stage-timeout) for its stage and 0.1 s (--dist-timeout)" in timed_out.reason
+
+
+@pytest.mark.parametrize("end", ["source", "target"])
+def test_closing_an_end_that_waits_for_a_stage_fails_both_at_once(pair: Pair, end: str) -> None:
+    *_, works = start_early(pair, threading.Event(), seconds=60.0)
+    time.sleep(0.02)
+    getattr(pair, end).close("worker 3 died")
+    with pytest.raises(TransferError, match="worker 3 died"):
+        works[end == "target"].wait(2.0)
+    if end == "source":  # a sender that waits for its stage does not listen
+        with pytest.raises(TransferError, match="the other end closed"):
+            works[1].wait(2.0)
+
+
+def test_transfers_behind_an_early_one_keep_their_order(pair: Pair) -> None:
+    made = threading.Event()
+    _, _, works = start_early(pair, made, seconds=SOON)
+    sent, received = torch.ones(5), torch.zeros(5)
+    works += [pair.source.isend([sent], seq=1), pair.target.irecv([received], seq=1)]
+    time.sleep(0.02)
+    assert not any(work.done() for work in works)
+    made.set()
+    for work in works:
+        work.wait(SOON)
+    assert torch.equal(sent, received)
 
 
 def test_two_ends_find_each_other_through_the_store() -> None:

@@ -53,6 +53,20 @@ def test_every_mode_makes_the_same_picture(changes: dict[str, object]) -> None:
     assert one("a red apple", **changes) == one("a red apple", enable_disagg=False, num_gpus=1)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"num_gpus": 2}, {"num_non_dit_ranks": 2}, {"max_pending_transfers": 1}, {"max_pending_bytes": 150_000}]
+)
+def test_transfers_arranged_while_the_device_still_encodes_change_no_picture(changes: dict[str, object]) -> None:
+    clean = one("picture 3", num_gpus=2)
+    with Fleet(args(transfer_checksum=True, **changes), behind=0.005) as fleet:
+        ids = [fleet.submit(f"picture {i}", seed=7) for i in range(20)]
+        fleet.wait()
+        fleet.settle()
+    assert {finish.outcome for finish in fleet.outcomes.values()} == {"done"}
+    assert fleet.media[ids[3]] == clean
+    assert fleet.early > 5
+
+
 @pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
 def test_a_failing_stage_fails_its_request_and_no_other(stage: str) -> None:
     with Fleet(args()) as fleet:
@@ -85,12 +99,17 @@ def test_what_only_the_encoder_can_refuse_names_the_parameter() -> None:
 
 
 @pytest.mark.parametrize("kind", ["drop", "corrupt", "delay", "hang", "reorder"])
-@pytest.mark.parametrize("edge", [Edge(1, 0), Edge(0, 1)], ids=str)
-def test_a_transfer_fault_costs_no_request(kind: str, edge: Edge) -> None:
+@pytest.mark.parametrize(
+    "edge, behind",
+    [(Edge(1, 0), 0.0), (Edge(0, 1), 0.0), (Edge(1, 0), 0.005)],
+    ids=["to the DiT rank", "back", "to the DiT rank, early"],
+)
+def test_a_transfer_fault_costs_no_request(kind: str, edge: Edge, behind: float) -> None:
     clean = one("picture 3", num_gpus=2)
     faults = FaultPlan()
     faults.add(edge, 3, kind, seconds=0.3)
-    with Fleet(args(num_gpus=2, transfer_checksum=True, dist_timeout=1.0), faults) as fleet:
+    settings = args(num_gpus=2, transfer_checksum=True, dist_timeout=1.0, stage_timeout=2.0)
+    with Fleet(settings, faults, behind=behind) as fleet:
         ids = [fleet.submit(f"picture {i}", seed=7) for i in range(8)]
         fleet.wait()
         fleet.settle()
@@ -98,8 +117,9 @@ def test_a_transfer_fault_costs_no_request(kind: str, edge: Edge) -> None:
     assert fleet.media[ids[3]] == clean
 
 
-def test_a_cancel_ends_its_request_and_returns_everything() -> None:
-    with Fleet(args(model_path=QUICK.replace("denoise=0.004", "denoise=0.2"))) as fleet:
+@pytest.mark.parametrize("behind", [0.0, 0.02])
+def test_a_cancel_ends_its_request_and_returns_everything(behind: float) -> None:
+    with Fleet(args(model_path=QUICK.replace("denoise=0.004", "denoise=0.2")), behind=behind) as fleet:
         ids = [fleet.submit(f"picture {i}") for i in range(12)]
         for request_id in ids[::2]:
             fleet.cancel(request_id)

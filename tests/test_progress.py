@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fake_device import SOON, FakeDevice
+from fake_device import SOON, FakeDevice, SlowEvent
 
 from ditrelay.runtime.pipelines_core.executors.progress import (
     MAX_STEPS_AHEAD,
+    DeviceClock,
     DeviceProgress,
     HostProgress,
     Reached,
@@ -55,6 +56,23 @@ def test_calls_are_made_in_their_order_and_not_before_the_device_is_there() -> N
     assert calls.wait(3) == ["a", "b", "c"]
 
 
+def test_events_that_are_seen_late_get_the_devices_own_time() -> None:
+    clock = DeviceClock()
+    device = [10.0, 10.5, 11.0, 11.5]  # the device's times; the thread sees them so much later
+    late = [0.004, 0.0001, 0.009, 0.002]
+    events = [SlowEvent(due) for due in device]
+    seen = [clock.time_of(event, event.due + more) for event, more in zip(events, late, strict=True)]  # type: ignore[arg-type]
+    assert seen[0] == pytest.approx(10.004)
+    assert seen[1:] == pytest.approx([due + 0.0001 for due in device[1:]], abs=1e-4)
+
+
+def test_a_device_clock_that_drifts_is_followed() -> None:
+    clock, fast = DeviceClock(), 1 + 20e-6
+    for second in range(0, 3600, 10):
+        at = clock.time_of(SlowEvent(second * fast), second + 0.0002)  # type: ignore[arg-type]
+        assert abs(at - second) < 0.001
+
+
 def test_at_most_two_steps_are_launched_and_not_computed() -> None:
     device, calls = FakeDevice(), Calls()
     progress = DeviceProgress("test", device.record, SOON)
@@ -80,6 +98,16 @@ def test_at_most_two_steps_are_launched_and_not_computed() -> None:
     device.finish()
     calls.wait(6)
     thread.join(SOON)
+
+
+def test_a_mark_is_complete_when_the_device_is_there_and_absent_where_all_is_done_at_once() -> None:
+    device = FakeDevice()
+    progress = DeviceProgress("test", device.record, SOON)
+    mark = progress.mark()
+    assert not mark.query()
+    device.finish()
+    assert mark.query()
+    assert HostProgress().mark() is None
 
 
 def test_what_is_no_step_does_not_hold_the_lane_back() -> None:

@@ -26,7 +26,7 @@ from ditrelay.runtime.messages import (
 from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig
 from ditrelay.runtime.scheduling.ledger import Ledger
-from ditrelay.runtime.scheduling.state import Record, Station
+from ditrelay.runtime.scheduling.state import Record, Station, UnitState
 from ditrelay.runtime.topology import Topology
 
 CONFIG = dict(max_queue=5, transfer_timeout=20.0, stage_timeout=40.0, startup_timeout=60.0, max_pending_bytes=10)
@@ -66,16 +66,25 @@ def check_books(scheduler: Scheduler) -> None:
         allowed = {PLACE[record.state]} if record.state in PLACE else {"waiting", "dispatched"}
         assert place in allowed, f"{record.id} is {record.state} and {place}"
     for record in ledger.records.values():
+        assert record.promise is None or record.state.ended or record.state is RequestState.ENCODING
         assert bool(record.dropping) == record.state.ended
         assert all(unit.status == "up" for unit in record.holders())
         assert set(record.holders()) >= record.dropping or record.state.ended
     for unit in ledger.units.values():
-        assert unit.load == sum(r.at is not None and r.at.unit is unit for r in ledger.records.values())
+        assert unit.load == sum(unit in (at_unit(r), promised_unit(r)) for r in ledger.records.values())
         for station in unit.stations.values():
             check_station(ledger, station)
     assert set(ledger.transfers._since) == {r for r in ledger.records.values() if r.on_the_way}
     assert set(ledger.drops._since) == {r for r in ledger.records.values() if r.state.ended}
     check_nothing_is_missed(scheduler)
+
+
+def at_unit(record: Record) -> UnitState | None:
+    return None if record.at is None else record.at.unit
+
+
+def promised_unit(record: Record) -> UnitState | None:
+    return None if record.promise is None else record.promise.target.unit
 
 
 def check_station(ledger: Ledger, station: Station) -> None:
@@ -86,10 +95,12 @@ def check_station(ledger: Ledger, station: Station) -> None:
     assert station.kept == sum(r.nbytes for r in records if r.source is station)
     assert station.free == sum(edge.window - edge.used for edge in station.out.values() if edge.usable)
     for edge in station.out.values():
-        users = [record for record in records if record.edge is edge]
-        assert edge.used == len(users) <= edge.full_window
+        users = [record.nbytes for record in records if record.edge is edge]
+        promised = [r.promise.nbytes for r in records if r.promise is not None and r.promise.edge is edge]
+        assert edge.promised == len(promised)
+        assert edge.used == len(users) + len(promised) <= edge.full_window
         assert 1 <= edge.window <= edge.full_window
-        assert edge.nbytes == sum(record.nbytes for record in users) <= edge.max_bytes
+        assert edge.nbytes == sum(users) + sum(promised) <= edge.max_bytes
 
 
 def check_nothing_is_missed(scheduler: Scheduler) -> None:
@@ -101,7 +112,7 @@ def check_nothing_is_missed(scheduler: Scheduler) -> None:
             may_dispatch = len(station.dispatched) < 2 and station.may_produce and station.stage != "encode"
             assert not (station.waiting and may_dispatch), f"{station.stage} of unit {unit.leader} idles"
             for record in station.held[:1]:
-                edge = flow._way_home(record, station) or flow._free_edge(record, station)
+                edge = flow._way_home(record, station) or flow._free_edge(station, record.nbytes)
                 assert edge is None or not edge.fits(record.nbytes), f"{record.id} could be sent"
 
 
@@ -224,20 +235,24 @@ CONFIGS = st.builds(
     st.sampled_from([0, 2, 100]),
 )
 SEEDS = st.integers(0, 2**32)
+LAUNCHED = st.sampled_from([0.0, 0.3, 1.0])  # how likely it is that an encode is announced before it is done
 RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def start(shape: Topology, config: SchedulerConfig, seed: int) -> Run:
+def start(shape: Topology, config: SchedulerConfig, seed: int, launched: float) -> Run:
     fleet = SimulatedFleet(shape, config, seed, payload_bytes=12 if seed % 4 == 0 else 6)
+    fleet.world.launched = launched
     run = Run(fleet, Scheduler(shape, config))
     fleet.perform(run.scheduler.start(0.0))
     return run
 
 
 @settings(RELAXED, max_examples=150)
-@given(TOPOLOGIES, CONFIGS, SEEDS)
-def test_a_healthy_fleet_finishes_every_request_in_every_order(shape: Topology, config: SchedulerConfig, seed: int):
-    run = start(shape, config, seed)
+@given(TOPOLOGIES, CONFIGS, SEEDS, LAUNCHED)
+def test_a_healthy_fleet_finishes_every_request_in_every_order(
+    shape: Topology, config: SchedulerConfig, seed: int, launched: float
+):
+    run = start(shape, config, seed, launched)
     run.fleet.world.payload_bytes = 6
     for _ in range(12):
         run.submit()
@@ -251,11 +266,17 @@ def test_a_healthy_fleet_finishes_every_request_in_every_order(shape: Topology, 
 
 
 @settings(RELAXED, max_examples=400)
-@given(TOPOLOGIES, CONFIGS, SEEDS, FAULTS, CHANCE, CHANCE)
+@given(TOPOLOGIES, CONFIGS, SEEDS, LAUNCHED, FAULTS, CHANCE, CHANCE)
 def test_every_request_ends_once_and_everything_comes_back_whatever_fails(
-    shape: Topology, config: SchedulerConfig, seed: int, faults: Faults, crashes: float, cancels: float
+    shape: Topology,
+    config: SchedulerConfig,
+    seed: int,
+    launched: float,
+    faults: Faults,
+    crashes: float,
+    cancels: float,
 ):
-    run = start(shape, config, seed)
+    run = start(shape, config, seed, launched)
     run.fleet.world.faults = faults
     for _ in range(12):
         run.submit()

@@ -9,7 +9,7 @@ from sample_run import RUN, span, timeline, topology
 from ditrelay.runtime.messages import Decoded, Denoised, Encoded, Received, Sent, Started, StepDone, WorkerEvent
 from ditrelay.runtime.metrics import Span, overlap
 from ditrelay.runtime.payloads import PayloadHeader
-from ditrelay.runtime.request import Request, SamplingParams
+from ditrelay.runtime.request import Request, RequestState, SamplingParams
 from ditrelay.runtime.request_log import RequestLog
 from ditrelay.runtime.tickets import Ticket
 from ditrelay.runtime.timeline import PALETTE, Timeline, build_timeline, describe, format_seconds
@@ -51,6 +51,27 @@ def test_a_transfer_is_recorded_by_both_of_its_ranks_and_as_a_hand_off() -> None
         span("a", 0, "receive", 2.05, 2.15),
         span("a", 0, "to_dit", 2.0, 2.15),
     ]
+
+
+def test_a_transfer_that_was_asked_for_early_counts_from_the_end_of_the_encode() -> None:
+    log = record(
+        Encoded(3, "a", HEADER, 1.0, 2.0), Sent(3, "a", 0, 1, 1, 1.1, 2.2), Received(0, "a", 3, 1, 1, 1.2, 2.1)
+    )
+    assert log.spans()[1:] == [
+        span("a", 3, "send", 2.0, 2.2),
+        span("a", 0, "receive", 2.0, 2.1),
+        span("a", 0, "to_dit", 2.0, 2.1),
+    ]
+
+
+def test_a_transfer_whose_end_is_reported_before_that_of_the_encode_is_told_from_it_all_the_same() -> None:
+    log = record()
+    log.state_changed("a", RequestState.ENCODING)
+    log.observe(Received(0, "a", 3, 1, 1, 0.1, 0.2))  # of an attempt before, whose encoder is lost
+    log.observe(Received(0, "a", 3, 2, 1, 1.2, 2.1))
+    assert log.spans() == []
+    log.observe(Encoded(3, "a", HEADER, 1.0, 2.0))
+    assert log.spans()[1:] == [span("a", 0, "receive", 2.0, 2.1), span("a", 0, "to_dit", 2.0, 2.1)]
 
 
 def test_a_send_that_is_reported_after_the_end_of_its_request_is_recorded() -> None:

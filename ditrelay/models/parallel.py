@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +16,13 @@ from diffusers.models._modeling_parallel import TensorParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.distributed.device_mesh import init_device_mesh
 
-from ditrelay.errors import ConfigError
+from ditrelay.errors import ConfigError, InvalidRequest
 
 if TYPE_CHECKING:
     from ditrelay.models.load_spec import LoadSpec
 
 _attention_without_lse = attention_dispatch._native_attention_forward_op
+_context_parallel_attention = attention_dispatch._templated_context_parallel_attention
 
 
 class ReplicaMesh:
@@ -40,6 +42,7 @@ class ReplicaMesh:
         self._device = device
         shape = (spec.cfg, spec.tp, spec.ring, spec.sp // spec.ring)
         self._mesh = init_device_mesh(device.type, shape, mesh_dim_names=("cfg", "tp", "ring", "ulysses"))
+        share_timeout(self._device)
 
     @property
     def branches(self) -> dist.ProcessGroup | None:
@@ -60,11 +63,16 @@ class ReplicaMesh:
             context_parallel._all_gather_anything = _gather_by_padding
             if spec.ring > 1:
                 attention_dispatch._native_attention_forward_op = _attention_with_lse
-        with _cpu_allowed(self._device):
+        if spec.torch_compile and spec.sp > 1:
+            # torch (2.13) fails to trace its exchanges. What is around the attention is compiled.
+            eager = torch.compiler.disable(_context_parallel_attention)  # type: ignore[no-untyped-call]
+            attention_dispatch._templated_context_parallel_attention = eager
+        with _cpu_allowed(self._device), _lengths_checked():
             for config in self._configs():
                 # diffusers refuses a second kind. But one splits the weights, the other what they are applied to.
                 transformer._parallel_config = None
                 transformer.enable_parallelism(config=config)
+        share_timeout(self._device)  # diffusers makes a group of its own
 
     def _configs(self) -> Iterator[ContextParallelConfig | TensorParallelConfig]:
         ring, ulysses = self._spec.ring, self._spec.sp // self._spec.ring
@@ -80,6 +88,48 @@ class ReplicaMesh:
                 ulysses_anything=ring == 1,
                 mesh=self._mesh,
             )
+
+
+class _CheckedSplit(context_parallel.ContextParallelSplitHook):  # type: ignore[misc]
+    """diffusers' hook that gives each rank its part of a sequence; it asserts where ours say what is allowed."""
+
+    def _prepare_cp_input(self, x: torch.Tensor, cp_input: Any) -> torch.Tensor:
+        config = self.parallel_config
+        if cp_input.expected_dims in (None, x.dim()):
+            check_tokens(x.shape[cp_input.split_dim], ulysses=config.ulysses_degree, ring=config.ring_degree)
+        part: torch.Tensor = super()._prepare_cp_input(x, cp_input)
+        return part
+
+
+def check_tokens(tokens: int, *, ulysses: int, ring: int) -> None:
+    """Refuse a sequence that diffusers can't share out. How long one is follows from a request's size.
+
+    Raises:
+        InvalidRequest: names the flags, and what fits.
+    """
+    ranks = ulysses * ring
+    if tokens < ranks:
+        reason, fits = f"is too short for {ranks} ranks", f"a size of at least {ranks} tokens"
+    elif ulysses > 1 and ring > 1 and tokens % ranks:
+        reason = f"does not divide by {ranks} ranks"
+        fits = f"a size that makes a multiple of {ranks} tokens; any size where the server has only one of these flags"
+    else:
+        return
+    flags = f"--ulysses-degree {ulysses} x --ring-degree {ring}"
+    raise InvalidRequest("height", f"a sequence of {tokens} tokens {reason} ({flags}); allowed: {fits}")
+
+
+def share_timeout(device: torch.device) -> None:
+    """Give every process group the time-out of the default one; torch makes further ones with 10 or 30 minutes."""
+    timeout = group_timeout(dist.group.WORLD, device)
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def group_timeout(group: Any, device: torch.device) -> timedelta:
+    """How long a collective of ``group`` may take on ``device``."""
+    timeout: timedelta = group._get_backend(device).options._timeout
+    return timeout
 
 
 def check_heads(heads: int, *, ulysses: int, ring: int) -> None:
@@ -104,6 +154,17 @@ def supports_context_parallel(backend: str) -> bool:
     """Whether diffusers can run these attention kernels with the sequence spread over ranks."""
     registry = attention_dispatch._AttentionBackendRegistry
     return bool(registry._is_context_parallel_available(AttentionBackendName(backend)))
+
+
+@contextmanager
+def _lengths_checked() -> Iterator[None]:
+    """What is made parallel inside splits sequences with our hook."""
+    theirs = context_parallel.ContextParallelSplitHook
+    context_parallel.ContextParallelSplitHook = _CheckedSplit
+    try:
+        yield
+    finally:
+        context_parallel.ContextParallelSplitHook = theirs
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class StepDriver:
 
     def start(self) -> None:
         """Run everything before the first step; ``total_steps`` is known then. Raises what the loop raises."""
-        with AsyncUploads() if torch.cuda.is_available() else nullcontext():
+        uploads = AsyncUploads() if torch.cuda.is_available() else nullcontext()  # type: ignore[no-untyped-call]
+        with uploads:
             total = self._turn()
         if self.finished:
             raise RuntimeError("the loop ended without a step")

@@ -1,5 +1,7 @@
 """A model whose stages sleep: measures the engine without the noise of real compute, and fails on demand.
 
+On a GPU the encode is a kernel that spins: as with a real encoder, the thread has launched it long before it is done.
+
 Real tensors of the given size move between the stages; the picture depends on every byte of them, so a payload that
 was corrupted or swapped shows.
 """
@@ -11,7 +13,8 @@ import re
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
 _FAULT = re.compile(r"\[(fail|hang|exit|invalid) (encode|denoise|decode)\]")
 _HANG_SECONDS = 3600.0
 _EXIT_CODE = 9
+_TICKS = 20_000_000  # some 10 ms
 _OVERSLEPT = 0.0003  # seconds by which a sleep may end late; the last of it is spent awake
 
 
@@ -48,7 +52,7 @@ class TimedSession:
 
 
 class TimedAdapter:
-    """``StageAdapter`` of ``builtin:timed``. Encode and decode hold one lock, as if they shared a device.
+    """``StageAdapter`` of ``builtin:timed``. On a CPU encode and decode hold one lock, as if they shared a device.
 
     A prompt with ``[fail STAGE]``, ``[hang STAGE]``, ``[exit STAGE]`` or ``[invalid STAGE]`` makes that stage raise
     ``RuntimeError``, sleep an hour, end the process with code 9, or raise ``InvalidRequest``. In the denoise that
@@ -64,17 +68,27 @@ class TimedAdapter:
         self._device = torch.device(device)
         self._world_size = world_size
         self._lock = threading.Lock()
+        self._spinner = _Spinner(self._device) if self._device.type == "cuda" else None
 
     def encode(self, requests: Sequence[Request]) -> State:
         params = only(requests).params
         _fault("encode", params)
-        with self._lock, _Lasting(self._options.encode):
+        with self._encoding():
             digest = zlib.crc32(params.prompt.encode(), _seed(params) & 0xFFFFFFFF)
             return {
                 "conditioning": StateValue(self._pattern(digest, self._options.conditioning_mb)),
                 "masks": StateValue([self._pattern(digest + i, 64e-6) for i in (1, 2)]),
                 "prompt_chars": StateValue(len(params.prompt)),
             }
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        if self._spinner is not None:
+            self._spinner.launch(self._options.encode)
+            yield
+            return
+        with self._lock, _Lasting(self._options.encode):
+            yield
 
     def begin(self, requests: Sequence[Request], state: State) -> TimedSession:
         began, params = time.monotonic(), only(requests).params
@@ -130,6 +144,28 @@ class _Lasting:
         time.sleep(max(0.0, self._until - time.monotonic() - _OVERSLEPT))
         while time.monotonic() < self._until:
             time.sleep(0.0)
+
+
+class _Spinner:
+    """A kernel that keeps one SM busy for about a given time: it counts ticks of the clock, measured here once."""
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            _spin(_TICKS)  # out of idle, to the clock that it works at
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            began.record()
+            _spin(_TICKS)
+            ended.record()
+            ended.synchronize()
+        self._ticks_per_second = _TICKS / (began.elapsed_time(ended) / 1000)
+
+    def launch(self, seconds: float) -> None:
+        """On the current stream; does not wait."""
+        _spin(round(seconds * self._ticks_per_second))
+
+
+def _spin(ticks: int) -> None:
+    torch.cuda._sleep(ticks)  # type: ignore[no-untyped-call]
 
 
 def _own(session: DenoiseSession) -> TimedSession:

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class AsyncUploads(TorchDispatchMode):
+class AsyncUploads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, ``cpu_tensor.to("cuda")`` goes through pinned memory and returns at once.
 
     Copied as usual, from pageable memory, it first waits for all that is on the stream. A denoise is prepared while the

@@ -31,17 +31,21 @@ class Encode(_Message, frozen=True, tag=True):
 
 
 class Send(_Message, frozen=True, tag=True):
-    """Send what this rank holds of ``request_id`` (conditioning or latents) to ``dst`` as transfer ``seq``."""
+    """Send what this rank holds of ``request_id`` (conditioning or latents) to ``dst`` as transfer ``seq``.
+
+    ``early``: it is launched, but the device may not have made it yet.
+    """
 
     rank: int
     request_id: str
     dst: int
     generation: int
     seq: int
+    early: bool = False
 
 
 class Expect(_Message, frozen=True, tag=True):
-    """Allocate for ``header`` and receive transfer ``seq`` from ``src``; its send is under way."""
+    """Allocate for ``header`` and receive transfer ``seq`` from ``src``. Its send is under way, perhaps ``early``."""
 
     rank: int
     request: Request
@@ -49,6 +53,7 @@ class Expect(_Message, frozen=True, tag=True):
     generation: int
     seq: int
     header: PayloadHeader
+    early: bool = False
 
 
 class Denoise(_Message, frozen=True, tag=True):
@@ -176,6 +181,14 @@ class StepDone(_Message, frozen=True, tag=True):
     at: float
 
 
+class Launched(_Message, frozen=True, tag=True):
+    """The encode is given to the device, so its header is known; ``Encoded`` follows when the device has done it."""
+
+    rank: int
+    request_id: str
+    header: PayloadHeader
+
+
 class Encoded(_Message, frozen=True, tag=True):
     """The conditioning is ready to be sent; ``began`` to ``at`` is the compute span."""
 
@@ -286,6 +299,7 @@ WorkerEvent = (
     | EdgeFailed
     | Started
     | StepDone
+    | Launched
     | Encoded
     | Denoised
     | Decoded
@@ -366,6 +380,7 @@ SchedulerEvent = (
     | EdgeFailed
     | Started
     | StepDone
+    | Launched
     | Encoded
     | Denoised
     | Decoded

@@ -15,7 +15,8 @@ class Span:
     """One piece of work of one request; times are ``time.monotonic()`` seconds.
 
     ``to_dit`` and ``to_decoder`` are a hand-off: from the end of the stage that made the tensors until they are usable.
-    ``send`` and ``receive`` are what the two ranks of a transfer did for it. ``steps``: the ends of a denoise's steps.
+    ``send`` and ``receive`` are what the two ranks of a transfer did for it, once its tensors were made. ``steps``: the
+    ends of a denoise's steps.
     """
 
     request_id: str

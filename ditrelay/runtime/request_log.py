@@ -40,6 +40,7 @@ class _Entry:
     state: RequestState = RequestState.QUEUED
     media: Decoded | None = None
     steps: list[float] = field(default_factory=list)
+    overtook: list[Sent | Received] = field(default_factory=list)  # came before the end of the encode was reported
 
 
 class RequestLog:
@@ -90,6 +91,7 @@ class RequestLog:
                 "done": ended["done"],
                 "failed": ended["failed"],
                 "cancelled": ended["cancelled"],
+                "retry_after": self._retry_after(),
             }
 
     # ------------------------------------------------------------ called by the controller
@@ -107,6 +109,7 @@ class RequestLog:
         match event:
             case Encoded(request_id=request_id, rank=rank, began=began, at=at):
                 self._span(request_id, rank, "encode", began, at)
+                self._catch_up(request_id)
             case Denoised(request_id=request_id, rank=rank, began=began, at=at):
                 self._free_since[rank] = at
                 self._span(request_id, rank, "denoise", began, at)
@@ -114,10 +117,8 @@ class RequestLog:
                 self._span(request_id, rank, "decode", began, at)
                 if entry := self._entries.get(request_id):
                     entry.media = event
-            case Sent(request_id=request_id, rank=rank, began=began, at=at):
-                self._keep(Span(request_id, rank, "send", began, at))
-            case Received():
-                self._received(event)
+            case Sent() | Received():
+                self._transferred(event)
             case StageFailed(rank=rank, stage="denoise", at=at):
                 self._free_since[rank] = at
             case Started() | StepDone():
@@ -187,15 +188,35 @@ class RequestLog:
         with self._lock:
             self._spans.append(span)
 
-    def _received(self, event: Received) -> None:
-        """A hand-off counts from the end of the stage that made the tensors until they are usable."""
-        self._keep(Span(event.request_id, event.rank, "receive", event.began, event.at))
+    def _transferred(self, event: Sent | Received) -> None:
         entry = self._entries.get(event.request_id)
         if entry is None:
-            return
-        to_dit = "denoise" in self._topology.roles_of(event.rank)
+            self._keep(Span(event.request_id, event.rank, _kind(event), event.began, event.at))
+        elif entry.state is RequestState.ENCODING:
+            entry.overtook.append(event)
+        else:
+            self._span_transfer(entry, event)
+
+    def _catch_up(self, request_id: str) -> None:
+        """The end of an encode is known: what was already done with its product can be told from it."""
+        if entry := self._entries.get(request_id):
+            overtook, entry.overtook = entry.overtook, []
+            for event in overtook:
+                if event.at >= entry.clock.began["encode"]:  # else of an attempt before
+                    self._span_transfer(entry, event)
+
+    def _span_transfer(self, entry: _Entry, event: Sent | Received) -> None:
+        """A hand-off counts from the end of the stage that made the tensors until they are usable.
+
+        A transfer that was asked for before that end did nothing until then.
+        """
+        kind, request_id = _kind(event), event.request_id
+        to_dit = "denoise" in self._topology.roles_of(event.rank if isinstance(event, Received) else event.dst)
         ready = entry.clock.ended.get("encode" if to_dit else "denoise", event.began)
-        self._span(event.request_id, event.rank, "to_dit" if to_dit else "to_decoder", ready, event.at)
+        ended = max(ready, event.at)
+        self._keep(Span(request_id, event.rank, kind, max(event.began, ready), ended))
+        if kind == "receive":
+            self._span(request_id, event.rank, "to_dit" if to_dit else "to_decoder", ready, ended)
 
     def _retry_after(self) -> int:
         """Seconds until about a tenth of the queue is worked off, by the rate of the newest finished requests.
@@ -209,6 +230,10 @@ class RequestLog:
             return 1
         rate = (len(ends) - 1) / (ends[0] - ends[-1])
         return max(1, min(60, round(waiting / 10 / rate)))
+
+
+def _kind(event: Sent | Received) -> SpanKind:
+    return "send" if isinstance(event, Sent) else "receive"
 
 
 def _result(entry: _Entry, now: float) -> Result:

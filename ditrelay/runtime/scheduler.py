@@ -9,6 +9,8 @@ Rooms, in scheduling/: ``state`` (what there is), ``ledger`` (what requests hold
   also an input that arrived over a generation that is closed by now.
 - After ``Dropped`` a worker says nothing more of that request, except perhaps ``Sent``.
 - Payloads between two stages of one unit stay in the worker: no ``Send``, ``Expect`` or ``Release``.
+- ``Launched`` may be left out. An ``early`` transfer that it led to moves nothing before the encode is done. Encodes of
+  one rank are launched and done in the order in which they were asked for.
 - ``Tick`` comes about once a second.
 """
 
@@ -29,6 +31,7 @@ from ditrelay.runtime.messages import (
     EdgeUp,
     Encoded,
     Heartbeat,
+    Launched,
     Received,
     SchedulerEvent,
     Sent,
@@ -120,6 +123,7 @@ class Scheduler:
             Submit: flow.submit,
             Started: flow.started,
             StepDone: flow.step_done,
+            Launched: flow.launched,
             Encoded: flow.encoded,
             Sent: lambda event: None,  # the source keeps its payload until the next stage is complete
             Received: flow.received,

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import PrefixStore
 from ditrelay.models.adapter import StageAdapter
 from ditrelay.models.load_spec import LoadSpec
 from ditrelay.models.loading import load_adapter, resolve_dtype
-from ditrelay.runtime.communication.backends import connect_edge
+from ditrelay.runtime.communication.backends import connect_edge, may_send_early
 from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.replica import ReplicaLeader, ReplicaPeer
 from ditrelay.runtime.communication.store import connect_store, replica_prefix
@@ -38,6 +38,7 @@ from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.replica import LedAdapter, follow
 from ditrelay.runtime.pipelines_core.stages import build_pipeline
+from ditrelay.runtime.run_dir import remove
 from ditrelay.runtime.topology import Edge, Role, Unit
 from ditrelay.runtime.worker_spec import WorkerSpec
 
@@ -53,7 +54,7 @@ def run_worker(spec: WorkerSpec) -> None:
     faulthandler.enable()  # a crash in native code leaves its stack on stderr
     # Control threads wait behind a thread that launches kernels: hand the interpreter over ten times sooner.
     sys.setswitchinterval(0.0005)
-    sockets = WorkerSockets(spec.run_dir, spec.rank, spec.incarnation)
+    sockets = WorkerSockets(spec.run_dir, spec.rank, spec.incarnation, spec.token)
     _log_to_head(spec, sockets)
     worker = Worker(spec, sockets)
     threading.Thread(target=worker.load, name="load", daemon=True).start()
@@ -133,7 +134,7 @@ class Worker:
     def _join_replica(self) -> None:
         """The replica's default process group: diffusers' context and tensor parallelism work on the default group."""
         timeout = self.spec.args.dist_timeout
-        store = connect_store(self.spec.store_host, self.spec.store_port, timeout)
+        store = connect_store(self.spec.store_host, self.spec.store_port, timeout, self.spec.token)
         dist.init_process_group(
             "nccl" if self.device.type == "cuda" else "gloo",
             store=PrefixStore(replica_prefix(self.unit.leader, self.spec.incarnation), store),
@@ -155,12 +156,15 @@ class Worker:
         lanes = self._make_lanes()
         self._lanes = set(lanes.values())
         pipeline = build_pipeline(adapter, self.roles, fps=spec.card.fps)
+        outgoing = [edge for edge in edges if edge.src == self.rank]
+        early = may_send_early(spec.args.transfer_backend, outgoing, self.device)
         self._loop = OverlapLoop(
             self._executor,
             pipeline,
             lanes=lanes,
             priority=_priority(self.roles),
             emit=self._sockets.emit,
+            announce=early and spec.args.use_async_comm,
             on_broken=self.fail,
         )
 
@@ -169,7 +173,7 @@ class Worker:
 
         def connect(edge: Edge, generation: int) -> Transport:
             # A store client of its own: one that waits for a key is locked, and edges are made side by side.
-            store = connect_store(spec.store_host, spec.store_port, timeout)
+            store = connect_store(spec.store_host, spec.store_port, timeout, spec.token)
             backend = spec.args.transfer_backend
             return connect_edge(backend, store, edge, generation, spec.rank, device=self.device, timeout=timeout)
 
@@ -206,13 +210,15 @@ class Worker:
         poller.register(self._sockets.commands, zmq.POLLIN)
         head = _open_head(self.spec.head_pid)
         if head is None:
+            remove(self.spec.run_dir)
             return
         poller.register(head, zmq.POLLIN)
         beat = 0.0
         while not self._stop.is_set():
             ready = dict(poller.poll(round(HEARTBEAT_SECONDS * 250)))
             if head in ready:
-                os._exit(1)  # nobody is left to report to
+                remove(self.spec.run_dir)  # nobody else is left to do it, or to report to
+                os._exit(1)
             for command in self._sockets.receive_all():
                 if isinstance(command, Shutdown):
                     self._shut_down()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -24,6 +25,15 @@ def connect_edge(
     """
     transport = CudaIpcTransport if choose_backend(wanted, edge, device) == "cuda_ipc" else TorchTransport
     return transport.connect(store, edge, generation, rank, device=device, timeout=timeout)
+
+
+def may_send_early(wanted: str, edges: Sequence[Edge], device: torch.device) -> bool:
+    """Whether transfers over ``edges`` may be asked for before their tensors are made.
+
+    Only where what waits is a thread asleep at a socket, as over CUDA IPC. A posted NCCL receive is a kernel: for as
+    long as its send does not come it holds SMs, and so slows the denoise that runs there.
+    """
+    return bool(edges) and all(choose_backend(wanted, edge, device) == "cuda_ipc" for edge in edges)
 
 
 def choose_backend(wanted: str, edge: Edge, device: torch.device) -> Backend:

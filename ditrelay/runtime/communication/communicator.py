@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ditrelay.errors import TransferCorrupt, TransferError
-from ditrelay.runtime.communication.transport import Transport, Work, wait_all
+from ditrelay.runtime.communication.transport import Early, Transport, Work, wait_all
 from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.topology import Edge, Role
 
@@ -119,20 +119,32 @@ class DisaggCommunicator:
     # ------------------------------------------------------------ non-blocking transfers
 
     def isend_to_dit(
-        self, tensors: Tensors, *, dst: int | None = None, seq: int | None = None, request_id: str | None = None
+        self,
+        tensors: Tensors,
+        *,
+        dst: int | None = None,
+        seq: int | None = None,
+        request_id: str | None = None,
+        early: Early | None = None,
     ) -> Work:
         """Start to send conditioning to a DiT rank.
 
         Raises:
             TransferError: there is no such edge, or ``dst`` is left out and there are several.
         """
-        return self._isend(self._edge("encode", "denoise", src=self._rank, dst=dst), tensors, seq, request_id)
+        return self._isend(self._edge("encode", "denoise", src=self._rank, dst=dst), tensors, seq, request_id, early)
 
     def irecv_from_non_dit(
-        self, tensors: Tensors, *, src: int | None = None, seq: int | None = None, request_id: str | None = None
+        self,
+        tensors: Tensors,
+        *,
+        src: int | None = None,
+        seq: int | None = None,
+        request_id: str | None = None,
+        early: Early | None = None,
     ) -> Work:
         """Start to receive conditioning from a non-DiT rank. Raises as ``isend_to_dit``."""
-        return self._irecv(self._edge("encode", "denoise", src=src, dst=self._rank), tensors, seq, request_id)
+        return self._irecv(self._edge("encode", "denoise", src=src, dst=self._rank), tensors, seq, request_id, early)
 
     def isend_to_non_dit(
         self, tensors: Tensors, *, dst: int | None = None, seq: int | None = None, request_id: str | None = None
@@ -226,15 +238,19 @@ class DisaggCommunicator:
             raise TransferError(wanted, reason)
         return found[0]
 
-    def _isend(self, edge: Edge, tensors: Tensors, seq: int | None, request_id: str | None) -> Work:
+    def _isend(
+        self, edge: Edge, tensors: Tensors, seq: int | None, request_id: str | None, early: Early | None = None
+    ) -> Work:
         with self._lock:  # numbering and queueing are one act, else two threads could swap their transfers
             end = self._end(edge)
-            return end.transport.isend(_listed(tensors), seq=end.number(seq), request_id=request_id)
+            return end.transport.isend(_listed(tensors), seq=end.number(seq), request_id=request_id, early=early)
 
-    def _irecv(self, edge: Edge, tensors: Tensors, seq: int | None, request_id: str | None) -> Work:
+    def _irecv(
+        self, edge: Edge, tensors: Tensors, seq: int | None, request_id: str | None, early: Early | None = None
+    ) -> Work:
         with self._lock:
             end = self._end(edge)
-            return end.transport.irecv(_listed(tensors), seq=end.number(seq), request_id=request_id)
+            return end.transport.irecv(_listed(tensors), seq=end.number(seq), request_id=request_id, early=early)
 
     def _end(self, edge: Edge) -> _OpenEdge:
         end = self._edges.get(edge)

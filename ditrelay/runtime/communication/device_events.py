@@ -14,6 +14,9 @@ from ditrelay.runtime.communication.endpoint import LinkDown
 _EAGER_SECONDS = 200e-6
 _FIRST_PAUSE = 20e-6
 _LONGEST_PAUSE = 1e-3
+# Behind a stage it takes some ten milliseconds more, and then each moment counts. Longer pauses show in the hand-off;
+# a thread that stays awake keeps the interpreter from those that launch kernels.
+_STAGE_PAUSE = 50e-6
 
 
 class DeviceEvent(Protocol):
@@ -24,14 +27,16 @@ class DeviceEvent(Protocol):
         ...
 
 
-def wait_for_event(event: DeviceEvent, deadline: float, interrupted: threading.Event) -> None:
-    """Block until ``event`` is complete.
+def wait_for_event(
+    event: DeviceEvent, deadline: float, interrupted: threading.Event, *, behind_stage: bool = False
+) -> None:
+    """Block until ``event`` is complete. ``behind_stage``: that takes as long as a stage, and is needed at once.
 
     Raises:
         LinkDown: ``deadline`` (``time.monotonic()``) passed, or ``interrupted`` was set.
         RuntimeError: the device failed.
     """
-    eager_until = time.monotonic() + _EAGER_SECONDS
+    eager_until = 0.0 if behind_stage else time.monotonic() + _EAGER_SECONDS
     pause = _FIRST_PAUSE
     while not event.query():
         now = time.monotonic()
@@ -40,9 +45,10 @@ def wait_for_event(event: DeviceEvent, deadline: float, interrupted: threading.E
         if now < eager_until:
             time.sleep(0)  # lets other threads run
             continue
-        if interrupted.wait(pause):
+        if interrupted.is_set():
             raise LinkDown("closed while a transfer was under way")
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        time.sleep(pause)
+        pause = min(2 * pause, _STAGE_PAUSE if behind_stage else _LONGEST_PAUSE)
 
 
 def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -17,7 +17,7 @@ import torch
 
 from ditrelay.errors import TransferError, TransferTimeout
 from ditrelay.runtime.communication.codec import wire_view
-from ditrelay.runtime.communication.transport import Work
+from ditrelay.runtime.communication.transport import Early, Work
 from ditrelay.runtime.topology import Edge
 
 # How long close() waits for an idle edge's thread to let go of its connection.
@@ -37,12 +37,14 @@ class LinkDown(Exception):
 class Job:
     """One payload to move: the bytes of its non-empty tensors as flat uint8 views.
 
-    ``ready`` is the CUDA event after which the tensors may be touched (``None`` on a CPU).
+    ``ready`` is the CUDA event after which the tensors may be touched (``None`` on a CPU). For ``wait`` seconds it may
+    be that the sender's are not made yet; 0 where they are.
     """
 
     work: Work
     views: tuple[torch.Tensor, ...]
     ready: torch.cuda.Event | None = None
+    wait: float = 0.0
 
 
 class Link(Protocol):
@@ -82,7 +84,8 @@ class Endpoint:
         edge: the directed edge.
         rank: which end this is.
         link: moves the bytes; from here on used by the edge's thread only.
-        timeout: seconds that one transfer may take. The first that takes longer fails it and all after it.
+        timeout: seconds that one transfer may take (an early one: after its tensors are made). The first that takes
+            longer fails it and all after it.
     """
 
     def __init__(self, edge: Edge, rank: int, link: Link, timeout: float) -> None:
@@ -123,13 +126,17 @@ class Endpoint:
             timed_out = isinstance(error, TransferTimeout)
             raise not_connected(self.edge, generation, error, timed_out=timed_out) from error
 
-    def isend(self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None) -> Work:
+    def isend(
+        self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None, early: Early | None = None
+    ) -> Work:
         assert self._rank == self.edge.src, f"rank {self._rank} is the receiving end of edge {self.edge}"
-        return self._submit(tensors, seq, request_id)
+        return self._submit(tensors, seq, request_id, early)
 
-    def irecv(self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None) -> Work:
+    def irecv(
+        self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None, early: Early | None = None
+    ) -> Work:
         assert self._rank == self.edge.dst, f"rank {self._rank} is the sending end of edge {self.edge}"
-        return self._submit(tensors, seq, request_id)
+        return self._submit(tensors, seq, request_id, early)
 
     def close(self, reason: str) -> None:
         """See ``Transport.close``. A thread that its backend does not let go of is left behind with its tensors."""
@@ -140,10 +147,11 @@ class Endpoint:
         if idle and threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_GRACE)
 
-    def _submit(self, tensors: Sequence[torch.Tensor], seq: int, request_id: str | None) -> Work:
+    def _submit(self, tensors: Sequence[torch.Tensor], seq: int, request_id: str | None, early: Early | None) -> Work:
         work = Work(self.edge, seq, request_id)
         views = tuple(wire_view(tensor) for tensor in tensors if tensor.numel())
-        job = Job(work, views, self._link.mark())
+        ready = early.ready if early is not None and early.ready is not None else self._link.mark()
+        job = Job(work, views, ready, early.seconds if early is not None else 0.0)
         with self._changed:
             down = self._down
             if down is None:
@@ -175,10 +183,13 @@ class Endpoint:
 
     def _carry_out(self, job: Job) -> None:
         try:
-            self._link.move(job, time.monotonic() + self._timeout)
+            self._link.move(job, time.monotonic() + job.wait + self._timeout)
         except LinkDown as error:
             self._link.disconnect()
-            reason = f"not complete within {self._timeout:g} s (--dist-timeout)" if error.timed_out else str(error)
+            limits = f"{self._timeout:g} s (--dist-timeout)"
+            if job.wait:
+                limits = f"{job.wait:g} s (--stage-timeout) for its stage and {limits}"
+            reason = f"not complete within {limits}" if error.timed_out else str(error)
             job.work.finish(_failure(job.work, reason, timed_out=error.timed_out))
             self._shut(reason)
         else:

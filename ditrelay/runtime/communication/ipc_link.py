@@ -38,7 +38,7 @@ class Memory(Protocol):
         ...
 
     def fill(self, job: Job, targets: Sequence[torch.Tensor]) -> DeviceEvent:
-        """Start to copy ``job``'s tensors into parts of a slot."""
+        """Start to copy ``job``'s tensors into parts of a slot, as soon as they are ready; does not wait for that."""
         ...
 
     def open(self, slot: SlotHandle) -> None:
@@ -97,7 +97,8 @@ class SendingLink(_IpcLink):
         handle = self._make_room(nbytes)
         assert self._slot is not None
         parts = [self._slot[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
-        wait_for_event(self._memory.fill(job, parts), deadline, self._interrupted)
+        # Where a stage still makes the tensors, the copy is queued behind it: one event tells the end of both.
+        wait_for_event(self._memory.fill(job, parts), deadline, self._interrupted, behind_stage=job.wait > 0)
         self._channel.send(Ready(job.work.seq, sizes, handle), deadline)
         taken = self._channel.receive(Taken, deadline)
         if taken.seq != job.work.seq:
@@ -121,7 +122,7 @@ class ReceivingLink(_IpcLink):
 
     def _exchange(self, job: Job, deadline: float) -> None:
         sizes = tuple(view.numel() for view in job.views)
-        ready = self._channel.receive(Ready, deadline, awake=_AWAKE_SECONDS)
+        ready = self._channel.receive(Ready, deadline, awake=0.0 if job.wait else _AWAKE_SECONDS)
         if (ready.seq, ready.sizes) != (job.work.seq, sizes):
             sent = f"#{ready.seq} of {ready.sizes} bytes"
             raise LinkDown(f"transfer {sent} was sent, the receiver expects #{job.work.seq} of {sizes} bytes")

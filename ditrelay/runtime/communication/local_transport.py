@@ -10,8 +10,11 @@ from typing import Literal
 
 import torch
 
+from ditrelay.runtime.communication.device_events import DeviceEvent
 from ditrelay.runtime.communication.endpoint import Endpoint, Job, LinkDown
 from ditrelay.runtime.topology import Edge
+
+_READY_PAUSE = 1e-3
 
 FaultKind = Literal["delay", "drop", "reorder", "corrupt", "hang"]
 
@@ -102,6 +105,9 @@ class _LocalLink:
         self.interrupt()
 
     def _send(self, job: Job, deadline: float) -> None:
+        ready: DeviceEvent | None = job.ready
+        while ready is not None and not ready.query():
+            self._sleep(time.monotonic() + _READY_PAUSE, deadline)
         seq = job.work.seq
         parcel = _Parcel(job.views, time.monotonic())
         fault = self._wire.faults.take(self._wire.edge, seq)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from datetime import timedelta
 
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ditrelay.errors import TransferError
 from ditrelay.runtime.topology import Edge
@@ -38,8 +38,10 @@ class StoreServer:
         )
 
 
-def connect_store(host: str, port: int, timeout: float) -> TCPStore:
+def connect_store(host: str, port: int, timeout: float, token: str = "") -> Store:
     """A client of the store at ``host:port``; its own waits take at most ``timeout`` seconds too.
+
+    All its keys begin with ``token``, so that only processes of one launch meet.
 
     A client waits for a key with its connection locked, so threads that may wait for each other need one each.
 
@@ -48,9 +50,10 @@ def connect_store(host: str, port: int, timeout: float) -> TCPStore:
     """
     limit = timedelta(seconds=timeout)
     try:
-        return TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
+        store = TCPStore(host, port, is_master=False, timeout=limit, wait_for_workers=False)
     except RuntimeError as error:
         raise TransferError(f"store {host}:{port}", f"it does not answer within {timeout:g} s") from error
+    return PrefixStore(token, store) if token else store
 
 
 def edge_prefix(edge: Edge, generation: int) -> str:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ditrelay.errors import TransferError, TransferTimeout
 from ditrelay.runtime.topology import Edge
+
+
+@dataclass(frozen=True)
+class Early:
+    """A transfer is asked for before its tensors are made: within ``seconds`` they will be.
+
+    Only then the transfer's own time counts. ``ready``, at the sender: the event that is complete when they are.
+    """
+
+    seconds: float
+    ready: torch.cuda.Event | None = None
 
 
 class Work:
@@ -146,11 +158,18 @@ class Transport(Protocol):
     @property
     def edge(self) -> Edge: ...
 
-    def isend(self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None) -> Work:
-        """Start to send contiguous tensors; returns at once. Nobody may write to them before the work is done."""
+    def isend(
+        self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None, early: Early | None = None
+    ) -> Work:
+        """Start to send contiguous tensors; returns at once. Nobody may write to them before the work is done.
+
+        With ``early``, whoever makes them now is the one that may.
+        """
         ...
 
-    def irecv(self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None) -> Work:
+    def irecv(
+        self, tensors: Sequence[torch.Tensor], *, seq: int, request_id: str | None = None, early: Early | None = None
+    ) -> Work:
         """Start to receive into contiguous tensors of the sender's sizes; returns at once."""
         ...
 

@@ -12,6 +12,8 @@ from ditrelay.runtime.request import Request
 from ditrelay.runtime.topology import Role
 
 if TYPE_CHECKING:
+    import torch
+
     from ditrelay.models.adapter import Frames
 
 
@@ -24,6 +26,7 @@ class Batch:
     """Requests that pass the stages together (one, for now) and what the last stage left for the next.
 
     ``payload`` is the state in the form in which it crosses an edge; ``header`` alone announces one that is expected.
+    ``ready``: the event behind the stage that makes the payload, where it was announced before that was done.
     ``frames``: the pixels of each request, not yet a file.
     """
 
@@ -31,6 +34,7 @@ class Batch:
     state: State = field(default_factory=dict)
     header: PayloadHeader | None = None
     payload: Payload | None = None
+    ready: torch.cuda.Event | None = None
     frames: Sequence[Frames] = ()
     media: tuple[Media, ...] = ()
 

@@ -4,6 +4,12 @@ Both hops are one mechanism. Before a stage is dispatched, a credit for its prod
 unit. When the product is there, the destination is *chosen*: the least loaded unit with a free credit and room in
 bytes. The credit is returned when the destination's stage *starts*. A product that finds no edge is held where it was
 made and keeps its reservation. Two stages of one unit are joined by a local edge: same credits, nothing is sent.
+
+A GPU's encode is *launched* long before it is done, and by then its header is known. If an edge is free at that moment,
+the hop is *promised*: the credit is taken and both ranks are told at once, so that the bytes move as soon as the device
+has made them, and nobody waits for the head. An edge carries its transfers out one after the other, so no ready product
+must wait behind one that is still being made: an encode is promised only after those before it on its rank (the order
+in which the device makes them) and never while a ready product is held, and a ready one takes no edge with a promise.
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ from ditrelay.runtime.messages import (
     Encoded,
     Expect,
     Finish,
+    Launched,
     Received,
     Reject,
     Release,
@@ -26,6 +33,7 @@ from ditrelay.runtime.messages import (
     StepDone,
     Submit,
 )
+from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, computed, on_edge, sign_of_life
 from ditrelay.runtime.scheduling.recovery import Recovery
@@ -68,6 +76,16 @@ class Flow:
         if found is not None:
             sign_of_life(self._ledger, found[1])
 
+    def launched(self, event: Launched) -> None:
+        found = at_worker(self._ledger, event.rank, event.request_id, "encode")
+        if found is None or not self._may_promise(*found):
+            return
+        record, station = found
+        edge = self._free_edge(station, event.header.nbytes, early=True)
+        if edge is not None:
+            promise = self._ledger.promise(record, edge, event.header.nbytes)
+            self._move(record, edge, promise.seq, event.header, early=True)
+
     def encoded(self, event: Encoded) -> None:
         self._made(event, "encode")
 
@@ -86,11 +104,13 @@ class Flow:
         record = on_edge(self._ledger, event)
         if record is None:
             return
+        if record.promise is not None:  # the receiver's word was faster than the sender's
+            record.promise.edge.failures = 0
+            record.promise.received = True
+            return
         assert record.edge is not None
         record.edge.failures = 0
-        self._ledger.landed(record)
-        if not record.state.ended:
-            self._arrive(record, record.edge.dst)
+        self._land(record)
 
     # ------------------------------------------------------------ stages
 
@@ -125,7 +145,9 @@ class Flow:
         self._ledger.move(record, station.states.made)
         self._ledger.keep(record, station, event.header)
         limit = self._ledger.config.max_pending_bytes
-        if record.nbytes > limit:
+        if record.promise is not None:
+            self._redeem(record)
+        elif record.nbytes > limit:
             reason = f"the payload made by {stage} has {record.nbytes} bytes, an edge takes {limit}"
             self._recovery.fail(record, f"{reason}; raise --max-pending-bytes")
         else:
@@ -183,7 +205,7 @@ class Flow:
         """Oldest first. One that finds no edge stops those behind it: small payloads must not starve a large one."""
         for record in tuple(station.held):
             way_home = self._way_home(record, station)
-            edge = way_home or self._free_edge(record, station)
+            edge = way_home or self._free_edge(station, record.nbytes)
             if edge is not None and edge.fits(record.nbytes):
                 station.held.remove(record)
                 self._hand_over(record, station, edge)
@@ -196,13 +218,28 @@ class Flow:
             return station.local
         return station.out.get(record.home.leader) if station.stage == "denoise" else None
 
-    def _free_edge(self, record: Record, station: Station) -> EdgeState | None:
-        """The edge to the least loaded unit that has a free credit and room for its bytes."""
+    def _free_edge(self, station: Station, nbytes: int, *, early: bool = False) -> EdgeState | None:
+        """The edge to the least loaded unit with a credit and room for it; only if ``early`` one that has a promise."""
         for _, leader in self._ledger.boards[NEXT[station.stage]].order:
             edge = station.out.get(leader)
-            if edge is not None and edge.fits(record.nbytes):
+            if edge is not None and edge.fits(nbytes) and (early or not edge.promised):
                 return edge
         return None
+
+    def _may_promise(self, record: Record, station: Station) -> bool:
+        """See the module's docstring for why the order matters."""
+        if self._ledger.config.lock_step or station.local is not None or station.held:
+            return False
+        if record.state.ended or record.promise is not None:
+            return False
+        before = station.dispatched[: station.dispatched.index(record)]
+        return all(other.promise is not None or other.state.ended for other in before)
+
+    def _redeem(self, record: Record) -> None:
+        promise = self._ledger.redeem(record)
+        self._ledger.move(record, promise.target.states.moving)
+        if promise.received:
+            self._land(record)
 
     def _hand_over(self, record: Record, station: Station, edge: EdgeState) -> None:
         ledger, target = self._ledger, edge.dst
@@ -214,9 +251,18 @@ class Flow:
             self._arrive(record, target)
             return
         assert record.header is not None
-        seq = ledger.depart(record, edge)
-        ledger.out.append(Send(station.leader, record.id, target.leader, edge.generation, seq))
-        ledger.out.append(Expect(target.leader, record.request, station.leader, edge.generation, seq, record.header))
+        self._move(record, edge, ledger.depart(record, edge), record.header)
+
+    def _move(self, record: Record, edge: EdgeState, seq: int, header: PayloadHeader, *, early: bool = False) -> None:
+        src, dst, generation = edge.src.leader, edge.dst.leader, edge.generation
+        self._ledger.out.append(Send(src, record.id, dst, generation, seq, early))
+        self._ledger.out.append(Expect(dst, record.request, src, generation, seq, header, early))
+
+    def _land(self, record: Record) -> None:
+        assert record.at is not None
+        self._ledger.landed(record)
+        if not record.state.ended:
+            self._arrive(record, record.at)
 
     def _arrive(self, record: Record, station: Station) -> None:
         self._ledger.move(record, station.states.arrived)

@@ -22,6 +22,7 @@ from ditrelay.runtime.request import LEGAL, Request, RequestState
 from ditrelay.runtime.scheduling.state import (
     EdgeState,
     EdgeStatus,
+    Promise,
     Record,
     SchedulerConfig,
     Station,
@@ -132,7 +133,8 @@ class Ledger:
         self.out.append(action)
 
     def forget(self, record: Record) -> None:
-        assert not (record.at or record.source or record.reserved or record.edge), f"{record.id} still holds something"
+        held = record.at or record.source or record.reserved or record.edge or record.promise
+        assert not held, f"{record.id} still holds something"
         self.drops.stop(record)
         self.leave_home(record)
         del self.records[record.id]
@@ -185,21 +187,59 @@ class Ledger:
 
     def take_credit(self, record: Record, edge: EdgeState) -> None:
         """Turns the reservation into a credit of ``edge``."""
-        assert record.reserved is edge.src and edge.fits(record.nbytes), f"{record.id} may not use edge {edge}"
-        record.reserved, record.edge = None, edge
-        edge.src.reserved -= 1
-        edge.src.free -= 1
-        edge.used += 1
-        edge.nbytes += record.nbytes
+        self._spend_reservation(record, edge, record.nbytes)
+        record.edge = edge
 
     def return_credit(self, record: Record) -> None:
         edge, record.edge = record.edge, None
-        assert edge is not None and edge.used > 0, f"{record.id} has no credit"
+        assert edge is not None, f"{record.id} has no credit"
+        self._get_back(edge, record.nbytes)
+
+    def _spend_reservation(self, record: Record, edge: EdgeState, nbytes: int) -> None:
+        assert record.reserved is edge.src and edge.fits(nbytes), f"{record.id} may not use edge {edge}"
+        record.reserved = None
+        edge.src.reserved -= 1
+        edge.src.free -= 1
+        edge.used += 1
+        edge.nbytes += nbytes
+
+    def _get_back(self, edge: EdgeState, nbytes: int) -> None:
+        assert edge.used > 0, f"edge {edge} gave no credit"
         edge.used -= 1
-        edge.nbytes -= record.nbytes
+        edge.nbytes -= nbytes
         if edge.usable:
             edge.src.free += 1
             self.dirty[edge.src] = None
+
+    def promise(self, record: Record, edge: EdgeState, nbytes: int) -> Promise:
+        """Turns the reservation into a credit of ``edge`` for a product that is still being made."""
+        assert record.promise is None and not edge.local, f"{record.id} can not be promised to edge {edge}"
+        self._spend_reservation(record, edge, nbytes)
+        edge.promised += 1
+        edge.dst.unit.change_load(1)
+        record.promise = Promise(edge, self._next_seq(edge), nbytes)
+        return record.promise
+
+    def break_promise(self, record: Record) -> None:
+        """Its way is lost before its product was made. A live record needs a reservation again."""
+        promise = self._end_promise(record)
+        promise.target.unit.change_load(-1)
+        self._get_back(promise.edge, promise.nbytes)
+
+    def redeem(self, record: Record) -> Promise:
+        """The product is made, so its transfer is under way: as after ``take_credit``, ``bind`` and ``depart``."""
+        promise = self._end_promise(record)
+        assert record.at is None and record.nbytes == promise.nbytes, f"{record.id} is not what was promised"
+        record.at, record.edge, record.seq = promise.target, promise.edge, promise.seq
+        self.transfers.start(record, self.now)
+        return promise
+
+    def _end_promise(self, record: Record) -> Promise:
+        promise, record.promise = record.promise, None
+        assert promise is not None, f"{record.id} has no promise"
+        promise.edge.promised -= 1
+        self.dirty[promise.edge.src] = None  # products that are ready may take this edge again
+        return promise
 
     def bind(self, record: Record, station: Station) -> None:
         assert record.at is None, f"{record.id} is somewhere else"
@@ -237,10 +277,13 @@ class Ledger:
 
     def depart(self, record: Record, edge: EdgeState) -> int:
         """Its transfer is under way; returns the transfer's number on the edge."""
-        record.seq = edge.next_seq
-        edge.next_seq += 1
+        record.seq = self._next_seq(edge)
         self.transfers.start(record, self.now)
         return record.seq
+
+    def _next_seq(self, edge: EdgeState) -> int:
+        edge.next_seq += 1
+        return edge.next_seq - 1
 
     def landed(self, record: Record) -> None:
         """Its transfer is over, in whatever way."""
@@ -266,6 +309,8 @@ class Ledger:
             if record.edge is not None:
                 self.return_credit(record)
             self.unbind(record)
+        if record.promise is not None and record.promise.target.unit is unit:
+            self.break_promise(record)
         if record.reserved is not None and record.reserved.unit is unit:
             self.unreserve(record)
         if record.source is not None and record.source.unit is unit:
@@ -286,11 +331,13 @@ def at_worker(ledger: Ledger, rank: int, request_id: str, stage: Stage) -> tuple
 
 
 def on_edge(ledger: Ledger, event: Received | TransferRejected) -> Record | None:
-    """The record, live or zombie, whose present transfer the event is about; ``None`` for one that is over."""
+    """The record, live or zombie, whose present (or promised) transfer the event is about; ``None`` if it is over."""
     record = ledger.records.get(event.request_id)
-    if record is None or record.edge is None or not record.on_the_way or record.seq != event.seq:
+    if record is None:
         return None
-    edge = record.edge
+    edge, seq = (record.promise.edge, record.promise.seq) if record.promise else (record.edge, record.seq)
+    if edge is None or seq < 0 or seq != event.seq:
+        return None
     known = edge.src.leader == event.src and edge.dst.leader == event.rank and edge.generation == event.generation
     return record if known else None
 

@@ -18,7 +18,7 @@ from ditrelay.runtime.messages import (
 )
 from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, computed, on_edge
-from ditrelay.runtime.scheduling.state import STATES, EdgeState, Record, UnitState
+from ditrelay.runtime.scheduling.state import STATES, EdgeState, Record, Station, UnitState
 
 _DOING: dict[RequestState, str] = {
     RequestState.ENCODING: "it was encoded",
@@ -66,13 +66,16 @@ class Recovery:
         record = on_edge(self._ledger, event)
         if record is None:
             return
-        edge = record.edge
-        assert edge is not None
         self._ledger.landed(record)
         if not record.state.ended:
-            doing = _DOING[record.state]
-            self._ledger.strike(record, edge.dst.unit)
-            self._set_back(record, f"transfer {edge} #{event.seq} was rejected ({event.reason})", doing, blamed=True)
+            doing, promised = _DOING[record.state], record.promise is not None
+            edge = f"{event.src}->{event.rank}"
+            cause = f"transfer {edge} #{event.seq} was rejected ({event.reason})"
+            self._ledger.strike(record, self._ledger.units[event.rank])
+            if promised:
+                self._go_on_unpromised(record, cause, blamed=True)
+            else:
+                self._set_back(record, cause, doing, blamed=True)
 
     def dropped(self, event: Dropped) -> None:
         record, unit = self._ledger.records.get(event.request_id), self._ledger.units.get(event.rank)
@@ -124,18 +127,25 @@ class Recovery:
         """Only a request that was computed there may have caused the loss; for the others it is no attempt."""
         doing = _DOING[record.state]
         suspect = record.at is not None and record.at.unit is unit and record.at.running is record
+        promised = record.promise is not None and record.promise.target.unit is unit
         self._ledger.strike(record, unit)
-        if record.at is None or record.on_the_way:
+        if promised:
+            self._go_on_unpromised(record, cause, blamed=False)
+        elif record.at is None or record.on_the_way:
             self._set_back(record, cause, doing, blamed=suspect)
         # Else only the copy is lost: the payload is where it is needed.
 
     def edge_lost(self, edge: EdgeState, cause: str, blamed: str | None) -> None:
-        """``edge`` is closed at both ends. What has arrived over it stays where it is.
+        """``edge`` is closed at both ends. What has arrived over it stays where it is, what is still encoded goes on.
 
         Args:
             blamed: the request whose transfer failed; for the others on the edge it is no attempt.
         """
         for record in reversed(list(self._ledger.records.values())):
+            promise = record.promise
+            if promise is not None and promise.edge is edge and not promise.received and not record.state.ended:
+                self._release(record, edge.dst)
+                self._go_on_unpromised(record, cause, blamed=record.id == blamed)
             if record.edge is not edge or not record.on_the_way:
                 continue
             if record.state.ended:
@@ -157,13 +167,25 @@ class Recovery:
                 return reason
         return None
 
+    def _go_on_unpromised(self, record: Record, cause: str, *, blamed: bool) -> None:
+        """Only the way is lost on which its conditioning was to go; when that is made, another is chosen."""
+        assert record.at is not None
+        self._ledger.reserve(record, record.at)
+        record.attempts += blamed
+        if record.attempts >= self._ledger.config.max_attempts:
+            self.fail(record, f"{cause} while {_DOING[record.state]} ({record.attempts} attempts)")
+
+    def _release(self, record: Record, target: Station) -> None:
+        """The receiver may have it already (its ``Received`` crosses this), and must not keep it."""
+        self._ledger.out.append(Release(target.leader, record.id))
+        self._ledger.strike(record, target.unit)
+
     def _set_back(self, record: Record, cause: str, doing: str, *, blamed: bool) -> None:
         """To its payload where there still is one, else to the front of the queue."""
         ledger = self._ledger
-        if record.at is not None:
-            # The receiver may have it already (its ``Received`` crosses this), and must not keep it.
-            ledger.out.append(Release(record.at.leader, record.id))
-            ledger.strike(record, record.at.unit)
+        target = record.at if record.promise is None else record.promise.target
+        if target is not None:
+            self._release(record, target)
         record.attempts += blamed
         state = RequestState.QUEUED if record.source is None else record.source.states.made
         if (hopeless := self._hopeless(state)) is not None:

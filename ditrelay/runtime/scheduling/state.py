@@ -73,6 +73,27 @@ NEXT: dict[Stage, Stage] = {"encode": "denoise", "denoise": "decode"}
 
 
 @dataclass(eq=False, slots=True)
+class Promise:
+    """The way of a product that is still being made: its transfer is arranged at both ends, and begins when it is made.
+
+    It holds a credit of ``edge`` and counts as load at the edge's destination, where the buffers are.
+
+    Attributes:
+        seq: number of the transfer on the edge.
+        received: the payload is there; the word that it was made has not come yet.
+    """
+
+    edge: EdgeState
+    seq: int
+    nbytes: int
+    received: bool = False
+
+    @property
+    def target(self) -> Station:
+        return self.edge.dst
+
+
+@dataclass(eq=False, slots=True)
 class Record:
     """One request and everything that is held for it. After its end it stays, a *zombie*, until all of that is back.
 
@@ -85,6 +106,7 @@ class Record:
         header: of the payload made last; ``nbytes`` is its size.
         reserved: from whose pool it has a hop credit reserved.
         edge: whose credit it uses.
+        promise: while it is encoded: the way that the conditioning will take, where that is arranged already.
         home: lock-step only: the encoder unit that takes no other request before this one ends.
         dropping: units that have not answered ``Drop`` yet; only a zombie has any.
     """
@@ -101,6 +123,7 @@ class Record:
     nbytes: int = 0
     reserved: Station | None = None
     edge: EdgeState | None = None
+    promise: Promise | None = None
     home: UnitState | None = None
     dropping: set[UnitState] = field(default_factory=set)
 
@@ -114,7 +137,8 @@ class Record:
 
     def holders(self) -> list[UnitState]:
         """The units that have or will have something of it, source first."""
-        return [station.unit for station in (self.source, self.at) if station is not None]
+        promised = None if self.promise is None else self.promise.target
+        return [station.unit for station in (self.source, self.at, promised) if station is not None]
 
 
 @dataclass(eq=False, slots=True)
@@ -123,7 +147,8 @@ class EdgeState:
 
     ``used`` and ``nbytes`` count payloads on the way and payloads that wait at the receiver for their stage to start.
     ``window`` is at most ``full_window``; while it is smaller, so is the byte budget, in the same proportion. But one
-    payload that fits into the whole budget always has room on an empty edge.
+    payload that fits into the whole budget always has room on an empty edge. ``promised`` transfers of them wait for a
+    product that is still being made.
     """
 
     src: Station
@@ -138,6 +163,7 @@ class EdgeState:
     next_seq: int = 0
     used: int = 0
     nbytes: int = 0
+    promised: int = 0
 
     @property
     def local(self) -> bool:

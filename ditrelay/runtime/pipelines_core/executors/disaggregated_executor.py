@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
 from ditrelay.runtime.communication.codec import allocate, decode_payload, encode_state, verify
 from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.pending import PendingTransfer, TransferWindow
-from ditrelay.runtime.communication.transport import Work
+from ditrelay.runtime.communication.transport import Early, Work
 from ditrelay.runtime.payloads import Payload, PayloadHeader
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import STAGE_ERRORS, ExecutorOutput, describe
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Stage, Uncontrolled
@@ -63,25 +64,35 @@ class DisaggregatedExecutor:
 
     # ------------------------------------------------------------ non-blocking transfers
 
-    def _async_send_batch_to_dit(self, batch: Batch, dst: int | None = None, seq: int | None = None) -> list[Work]:
+    def _async_send_batch_to_dit(
+        self, batch: Batch, dst: int | None = None, seq: int | None = None, *, early: bool = False
+    ) -> list[Work]:
         """Start sending the conditioning; returns at once. Nothing may write to its tensors until completion.
 
         A payload that no head has announced (``batch.payload`` is not made yet) goes with its header in band.
+        ``early``: the bytes go when ``batch.ready`` is complete, within the stage's own time limit.
         """
-        return self._send(batch, "to DiT", self.comm.isend_to_dit, dst, seq)
+        isend = self.comm.isend_to_dit
+        if early:
+            isend = partial(isend, early=Early(self.server_args.stage_timeout, batch.ready))
+        return self._send(batch, "to DiT", isend, dst, seq)
 
     def _async_send_batch_to_non_dit(self, batch: Batch, dst: int | None = None, seq: int | None = None) -> list[Work]:
         """Start sending the latents; returns at once."""
         return self._send(batch, "to Non-DiT", self.comm.isend_to_non_dit, dst, seq)
 
     def _async_recv_batch_from_non_dit(
-        self, batch: Batch, src: int | None = None, seq: int | None = None
+        self, batch: Batch, src: int | None = None, seq: int | None = None, *, early: bool = False
     ) -> tuple[Batch, list[Work]]:
         """Start receiving the conditioning that ``batch.header`` announces (without one, the header comes in band).
 
-        ``batch.payload`` holds the tensors at once; they are valid after the works completed.
+        ``batch.payload`` holds the tensors at once; they are valid after the works completed. ``early``: the sender's
+        stage may still be making them.
         """
-        return self._receive(batch, "from Non-DiT", self.comm.irecv_from_non_dit, src, seq)
+        irecv = self.comm.irecv_from_non_dit
+        if early:
+            irecv = partial(irecv, early=Early(self.server_args.stage_timeout))
+        return self._receive(batch, "from Non-DiT", irecv, src, seq)
 
     def _async_recv_batch_from_dit(
         self, batch: Batch, src: int | None = None, seq: int | None = None

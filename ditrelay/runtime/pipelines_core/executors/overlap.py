@@ -35,6 +35,7 @@ from ditrelay.runtime.messages import (
     Encode,
     Encoded,
     Expect,
+    Launched,
     OpenEdge,
     Received,
     Release,
@@ -42,21 +43,18 @@ from ditrelay.runtime.messages import (
     Sent,
     StageFailed,
     Started,
-    StepDone,
     TransferRejected,
     WorkerEvent,
 )
-from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
+from ditrelay.runtime.pipelines_core.executors.stage_run import Emit, StageRun, Watch
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Pipeline, StageCancelled
 from ditrelay.runtime.topology import Edge, Role
 
 logger = logging.getLogger(__name__)
-
-Emit = Callable[[WorkerEvent], None]
 
 
 @dataclass(eq=False)
@@ -80,6 +78,8 @@ class OverlapLoop:
         lanes: the compute lane of each role; roles may share one.
         priority: which role goes first where roles share a lane (lower first).
         emit: takes an event to the head; thread-safe, never blocks for long.
+        announce: report an encode when it is launched, where its device runs behind, so that its transfer is arranged
+            by the time it is done.
         on_broken: called when the ranks of a replica are torn apart; ends the process.
     """
 
@@ -91,6 +91,7 @@ class OverlapLoop:
         lanes: Mapping[Role, Lane],
         priority: Mapping[Role, int],
         emit: Emit,
+        announce: bool = False,
         on_broken: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._executor = executor
@@ -98,6 +99,7 @@ class OverlapLoop:
         self._lanes = lanes
         self._priority = priority
         self._emit = emit
+        self._announces = announce
         self._on_broken = on_broken
         self._broken = False
         self._rank = executor.rank
@@ -204,24 +206,35 @@ class OverlapLoop:
         """On the lane: launch a stage. What follows from it follows when the device has done it."""
         if self._broken or not self._claim(resident):
             return
-        run = _StageRun(role, (resident.batch.payload, resident.batch.state))
+        run = StageRun(role, (resident.batch.payload, resident.batch.state))
         progress = self._lanes[role].progress
         progress.then(lambda reached: self._began(resident, run, reached))
+        watch = Watch(self._rank, resident.request_id, progress, self._emit, lambda: resident.ending == "drop")
         try:
-            self._pipeline.stage(role).run(resident.batch, _Control(self, resident, progress))
+            self._pipeline.stage(role).run(resident.batch, watch)
             if role != "decode":
                 run.header = self._executor.pack(resident.batch)
+            if role == "encode" and self._announces:
+                self._announce(resident, progress)
         except Exception as error:  # the place that turns a stage's exception into a failed request
             logger.debug("%s of request %s ended early", role, resident.request_id, exc_info=True)
             run.error = error
         progress.then(lambda reached: self._ended(resident, run, reached))
 
-    def _began(self, resident: _Resident, run: _StageRun, reached: Reached) -> None:
+    def _announce(self, resident: _Resident, progress: Progress) -> None:
+        """A stage that raises has raised by now: from here on it can only fail with the whole device."""
+        batch = resident.batch
+        batch.ready = progress.mark()
+        with self._lock:
+            if batch.ready is not None and batch.payload is not None and not resident.ending:
+                self._emit(Launched(self._rank, resident.request_id, batch.payload.header))
+
+    def _began(self, resident: _Resident, run: StageRun, reached: Reached) -> None:
         run.began = reached.at
         if reached.error is None:
             self._emit(Started(self._rank, resident.request_id, run.role, reached.at))
 
-    def _ended(self, resident: _Resident, run: _StageRun, reached: Reached) -> None:
+    def _ended(self, resident: _Resident, run: StageRun, reached: Reached) -> None:
         """The device is done with all that the stage launched, so nothing uses its tensors any more."""
         run.at, run.inputs = reached.at, ()
         error = reached.error or run.error
@@ -236,7 +249,7 @@ class OverlapLoop:
         else:
             self._fail(resident, run, error)
 
-    def _succeed(self, resident: _Resident, run: _StageRun) -> None:
+    def _succeed(self, resident: _Resident, run: StageRun) -> None:
         if run.role == "decode":
             self._media.submit(self._make_media, resident, run)
             return
@@ -244,7 +257,7 @@ class OverlapLoop:
         done = Encoded if run.role == "encode" else Denoised
         self._release_hold(resident, done(self._rank, resident.request_id, run.header, run.began, run.at))
 
-    def _make_media(self, resident: _Resident, run: _StageRun) -> None:
+    def _make_media(self, resident: _Resident, run: StageRun) -> None:
         """On the media thread: the lane decodes the next request meanwhile."""
         try:
             self._pipeline.stage("decode").finish(resident.batch)
@@ -255,7 +268,7 @@ class OverlapLoop:
         event = Decoded(rank, request_id, m.data, m.media_type, m.width, m.height, m.num_frames, run.began, run.at)
         self._release_hold(resident, event, remove=True)
 
-    def _fail(self, resident: _Resident, run: _StageRun, error: Exception) -> None:
+    def _fail(self, resident: _Resident, run: StageRun, error: Exception) -> None:
         request_id, invalid = resident.request_id, error if isinstance(error, InvalidRequest) else None
         expected = invalid or isinstance(error, torch.OutOfMemoryError)
         logger.warning("%s of request %s failed", run.role, request_id, exc_info=None if expected else error)
@@ -289,11 +302,12 @@ class OverlapLoop:
             reason = f"nothing held of request {command.request_id}"
             self._emit(self._edge_event(command, self._rank, command.dst, reason))
             return
-        start = (
-            executor._async_send_batch_to_dit if "encode" in executor.roles else executor._async_send_batch_to_non_dit
-        )
+        batch, dst, seq = resident.batch, command.dst, command.seq
         try:
-            work = start(resident.batch, command.dst, command.seq)[-1]
+            if "encode" in executor.roles:
+                work = executor._async_send_batch_to_dit(batch, dst, seq, early=command.early)[-1]
+            else:
+                work = executor._async_send_batch_to_non_dit(batch, dst, seq)[-1]
         except TransferError as error:
             self._release_hold(resident, self._edge_event(command, self._rank, command.dst, error.reason))
             return
@@ -314,13 +328,12 @@ class OverlapLoop:
         executor, began = self._executor, time.monotonic()
         resident = self._admit(Batch((command.request,), header=command.header))
         resident.holds += 1
-        receive = (
-            executor._async_recv_batch_from_non_dit
-            if "denoise" in executor.roles
-            else executor._async_recv_batch_from_dit
-        )
+        batch, src, seq = resident.batch, command.src, command.seq
         try:
-            work = receive(resident.batch, command.src, command.seq)[1][0]
+            if "denoise" in executor.roles:
+                _, (work,) = executor._async_recv_batch_from_non_dit(batch, src, seq, early=command.early)
+            else:
+                _, (work,) = executor._async_recv_batch_from_dit(batch, src, seq)
         except (TransferError, CodecError, RuntimeError) as error:  # RuntimeError: no memory to receive into
             event = self._edge_event(command, command.src, self._rank, describe(error))
             self._release_hold(resident, event, remove=True)
@@ -347,38 +360,3 @@ class OverlapLoop:
     def _edge_event(self, command: Send | Expect, src: int, dst: int, reason: str) -> EdgeFailed:
         request_id = command.request_id if isinstance(command, Send) else command.request.request_id
         return EdgeFailed(self._rank, src, dst, command.generation, reason, request_id, command.seq)
-
-
-@dataclass(eq=False)
-class _StageRun:
-    """One stage of one request on a lane. ``inputs`` is what the device may read until it is done with the stage."""
-
-    role: Role
-    inputs: tuple[object, ...]
-    header: PayloadHeader | None = None
-    error: Exception | None = None
-    began: float = 0.0
-    at: float = 0.0
-
-
-class _Control:
-    """Watches one stage: reports its steps and stops it between two of them once the head has dropped the request."""
-
-    def __init__(self, loop: OverlapLoop, resident: _Resident, progress: Progress) -> None:
-        self._loop = loop
-        self._resident = resident
-        self._progress = progress
-
-    def before_step(self) -> None:
-        self._progress.pace()
-        if self._resident.ending == "drop":
-            raise StageCancelled
-
-    def after_step(self, step: int, total: int) -> None:
-        rank, request_id = self._loop._rank, self._resident.request_id
-
-        def report(reached: Reached) -> None:
-            if reached.error is None:
-                self._loop._emit(StepDone(rank, request_id, step, total, reached.at))
-
-        self._progress.then(report, step=True)

@@ -6,6 +6,7 @@ the last use of a tensor) leaves a call here; it is made when the device has com
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -17,6 +18,7 @@ import torch
 
 # Steps that may be launched and not computed: one runs, one waits, so the device never does and a cancel comes soon.
 MAX_STEPS_AHEAD = 2
+_CLOCK_DRIFT = 50e-6  # seconds a second by which the device's clock may run faster or slower than the host's
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,20 @@ Call = Callable[[Reached], None]
 
 
 class Progress(Protocol):
-    """``then`` and ``pace`` belong to the lane's thread."""
+    """``then``, ``mark`` and ``pace`` belong to the lane's thread."""
 
     def then(self, call: Call, *, step: bool = False) -> None:
         """Call ``call`` when the device has done all that was launched until now; calls are made in their order.
 
         It must be short and must not raise. ``step``: what was launched last is a step, which ``pace`` counts.
+        """
+        ...
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event that is complete when all that was launched until now is done; ``None`` where it is done by now.
+
+        Raises:
+            RuntimeError: the device is lost.
         """
         ...
 
@@ -55,14 +65,11 @@ class HostProgress:
     def then(self, call: Call, *, step: bool = False) -> None:
         call(Reached(time.monotonic()))
 
+    def mark(self) -> None:
+        return None
+
     def pace(self) -> None:
         """Nothing is ever ahead."""
-
-
-class Event(Protocol):
-    """What a ``torch.cuda.Event`` is to ``DeviceProgress``."""
-
-    def synchronize(self) -> None: ...
 
 
 class DeviceProgress:
@@ -76,12 +83,13 @@ class DeviceProgress:
         timeout: seconds that ``pace`` waits at most.
     """
 
-    def __init__(self, name: str, record: Callable[[bool], Event], timeout: float) -> None:
+    def __init__(self, name: str, record: Callable[[bool], torch.cuda.Event], timeout: float) -> None:
         self._record = record
         self._timeout = timeout
         self._marks: queue.SimpleQueue[_Mark] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._steps_ahead = 0  # guarded by _changed
+        self._clock = DeviceClock()
         threading.Thread(target=self._run, name=f"progress-{name}", daemon=True).start()
 
     def then(self, call: Call, *, step: bool = False) -> None:
@@ -91,6 +99,9 @@ class DeviceProgress:
             self._marks.put(_Mark(self._record(step), call, step))
         except RuntimeError as error:  # the device is lost
             self._marks.put(_Mark(None, call, step, error))
+
+    def mark(self) -> torch.cuda.Event:
+        return self._record(False)
 
     def pace(self) -> None:
         with self._changed:
@@ -102,22 +113,47 @@ class DeviceProgress:
             self._follow(self._marks.get())
 
     def _follow(self, mark: _Mark) -> None:
-        error = mark.error
+        at, error = time.monotonic(), mark.error
         try:
             if mark.event is not None:
                 mark.event.synchronize()
+                at = self._clock.time_of(mark.event, time.monotonic())
         except RuntimeError as failure:
             error = failure
-        reached = Reached(time.monotonic(), error)
+        reached = Reached(at, error)
         with self._changed:
             self._steps_ahead -= mark.step
             self._changed.notify_all()
         mark.call(reached)
 
 
+class DeviceClock:
+    """When the events of one stream were complete, in the host's time.
+
+    A thread sees an event after it, by milliseconds where other threads keep the interpreter. What lies between two
+    events the device knows itself; the host's time is taken from those that were seen soonest.
+    """
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Event | None = None
+        self._elapsed = 0.0  # device seconds from the first event to the last
+        self._offset = math.inf  # host time of the first event, as the soonest sight of any event gives it
+        self._seen = 0.0
+        self._given = -math.inf
+
+    def time_of(self, event: torch.cuda.Event, now: float) -> float:
+        """Take the stream's next event, complete and seen so at ``now`` (``time.monotonic()``)."""
+        if self._last is not None:
+            self._elapsed += self._last.elapsed_time(event) / 1000
+        self._offset = min(self._offset + _CLOCK_DRIFT * (now - self._seen), now - self._elapsed)
+        self._last, self._seen = event, now
+        self._given = max(self._given, self._elapsed + self._offset)  # a better offset must not turn the order round
+        return self._given
+
+
 @dataclass(frozen=True)
 class _Mark:
-    event: Event | None
+    event: torch.cuda.Event | None
     call: Call
     step: bool
     error: RuntimeError | None = None
@@ -128,9 +164,9 @@ def follow_device(name: str, device: torch.device, timeout: float) -> Progress:
     if device.type != "cuda":
         return HostProgress()
 
-    def record(step: bool) -> Event:
+    def record(step: bool) -> torch.cuda.Event:
         # Asleep, a thread sees its event 170 us late, awake 13 us (H100): too late only where a hand-off waits for it.
-        event = torch.cuda.Event(blocking=step)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(blocking=step, enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(device))
         return event
 

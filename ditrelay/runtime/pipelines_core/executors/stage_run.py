@@ -1,0 +1,49 @@
+"""One stage of one request on a lane: what it reads, what became of it, and how it is watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ditrelay.runtime.messages import StepDone, WorkerEvent
+from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
+from ditrelay.runtime.pipelines_core.pipeline import StageCancelled
+from ditrelay.runtime.topology import Role
+
+Emit = Callable[[WorkerEvent], None]
+
+
+@dataclass(eq=False)
+class StageRun:
+    """A stage that is launched. ``inputs`` is what the device may read until it is done with the stage."""
+
+    role: Role
+    inputs: tuple[object, ...]
+    header: PayloadHeader | None = None
+    error: Exception | None = None
+    began: float = 0.0
+    at: float = 0.0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The ``StageControl`` of a stage: reports its steps, and stops it between two of them once it is ``unwanted``."""
+
+    rank: int
+    request_id: str
+    progress: Progress
+    emit: Emit
+    unwanted: Callable[[], bool]
+
+    def before_step(self) -> None:
+        self.progress.pace()
+        if self.unwanted():
+            raise StageCancelled
+
+    def after_step(self, step: int, total: int) -> None:
+        def report(reached: Reached) -> None:
+            if reached.error is None:
+                self.emit(StepDone(self.rank, self.request_id, step, total, reached.at))
+
+        self.progress.then(report, step=True)
