@@ -211,8 +211,8 @@ class Measurement:
             return
         lead, arrivals = self._fitting(rate)
         point["counted"] = len(arrivals) - lead
-        if len(arrivals) < LEAST_ARRIVALS:
-            point["skipped"] = f"{max(0.0, self.left):.0f} s were left, too few for {LEAST_ARRIVALS} arrivals"
+        if len(arrivals) < min(LEAST_ARRIVALS, self._requests):
+            point["skipped"] = f"{max(0.0, self.left):.0f} s were left, enough for {len(arrivals)} arrivals"
             return
         needed = arrivals[-1] + self._tail
         began = time.monotonic()

@@ -115,6 +115,18 @@ WORKLOADS: dict[str, Workload] = {
             heads=12,
         ),
         Workload(
+            name="tiny-wan",
+            model="tiny:wan",
+            device="cpu",
+            steps=4,
+            height=96,
+            width=96,
+            num_frames=9,
+            guidance=5.0,
+            cp_sequences=(108,),
+            heads=12,
+        ),
+        Workload(
             name="timed",
             model="builtin:timed?encode=0.06&denoise=0.36&decode=0.06&steps=4&conditioning_mb=4&latents_mb=1",
             device="cpu",
