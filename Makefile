@@ -1,5 +1,7 @@
 # make demo: pictures in demo-output/.   make test: the test suite.   make lint: ruff and mypy.
-# make gpu-test: the tests that need GPUs (each skips with a reason where there are too few).
+# make gpu-test: the tests that need GPUs (each skips with a reason where there are too few). With
+#   DITRELAY_TEST_DEVICE=cpu most of them run over gloo: that checks the tests, not the GPUs' part. With -j2 -Otarget
+#   its two halves run side by side.
 #
 # PYTHON: the interpreter that makes .venv.   PIP_ARGS: more arguments for pip (an index with another build of torch).
 # PYTEST_ARGS: more arguments for pytest.
@@ -16,7 +18,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test gpu-test lint clean
+.PHONY: demo test gpu-test gpu-test-models gpu-test-engine lint clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -24,8 +26,17 @@ demo: $(STAMP)
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
-gpu-test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -q -rs tests/test_cuda_transport.py tests/test_cuda_engine.py $(PYTEST_ARGS)
+# What starts many engines of its own side by side, and everything else.
+MANY_ENGINES := tests/test_cuda_parallel.py tests/test_cuda_memory.py
+GPU_PYTEST := $(BIN)/python -m pytest -q -rs --timeout=180 --durations=12
+
+gpu-test: gpu-test-models gpu-test-engine
+
+gpu-test-models: $(DEV_STAMP)
+	$(GPU_PYTEST) $(MANY_ENGINES) $(PYTEST_ARGS)
+
+gpu-test-engine: $(DEV_STAMP)
+	$(GPU_PYTEST) $(filter-out $(MANY_ENGINES),$(wildcard tests/test_cuda_*.py)) $(PYTEST_ARGS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """The other end of an edge between two GPUs, as a process of its own. Run by test_cuda_transport.py.
 
-    cuda_peer.py PORT BACKEND GENERATION RANK MODE [SIZE...]
+What it is to do comes as one line of stdin, so that it can be started, and import torch, before that is known:
+
+    PORT BACKEND GENERATION RANK MODE [SIZE...]
 
 Rank r has GPU r; the edge is 1->0. MODE ``move`` sends (or receives and checks) a payload of each size, says "moved";
 ``die`` sends the first and kills itself as soon as the receiver is told. Then it waits to be killed.
@@ -51,7 +53,7 @@ def move(end: Endpoint, rank: int, seq: int, size: int) -> bool:
 
 
 def main() -> None:
-    port, backend, generation, rank, mode, *sizes = sys.argv[1:]
+    port, backend, generation, rank, mode, *sizes = sys.stdin.readline().split()
     end = connect(int(port), backend, int(generation), int(rank))
     if mode == "die":
         Channel.receive = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]

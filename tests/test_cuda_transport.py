@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,11 +25,38 @@ SIZES = [1, 3, 511, 100_000, 4 << 20, (64 << 20) + 5, 1000]
 SOURCE, TARGET = 1, 0
 
 
+class Spares:
+    """Peer processes that have imported torch and wait to be told what to do."""
+
+    def __init__(self) -> None:
+        self._waiting = deque(self._start() for _ in range(3))
+
+    @staticmethod
+    def _start() -> subprocess.Popen[str]:
+        command = [sys.executable, str(Path(__file__).with_name("cuda_peer.py"))]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def send(self, *words: object) -> subprocess.Popen[str]:
+        """One process, told this; another one takes its place."""
+        peer = self._waiting.popleft()
+        self._waiting.append(self._start())
+        assert peer.stdin is not None
+        peer.stdin.write(" ".join(map(str, words)) + "\n")
+        peer.stdin.flush()
+        return peer
+
+    def close(self) -> None:
+        for peer in self._waiting:
+            peer.kill()
+            peer.communicate()
+
+
 class World:
     """A store, and a peer process for each generation of the edge."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, spares: Spares) -> None:
         self.backend = backend
+        self._spares = spares
         self._server = StoreServer()
         self._generation = -1
         self._peers: list[subprocess.Popen[str]] = []
@@ -37,9 +65,7 @@ class World:
     def open(self, rank: int, mode: str, *sizes: int) -> tuple[Endpoint, subprocess.Popen[str]]:
         """This process's end as ``rank``, and the process that has the other one."""
         self._generation += 1
-        edge = [str(self._server.port), self.backend, str(self._generation), str(1 - rank)]
-        command = [sys.executable, str(Path(__file__).with_name("cuda_peer.py")), *edge, mode, *map(str, sizes)]
-        peer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        peer = self._spares.send(self._server.port, self.backend, self._generation, 1 - rank, mode, *sizes)
         self._peers.append(peer)
         self._ends.append(connect(self._server.port, self.backend, self._generation, rank))
         return self._ends[-1], peer
@@ -52,9 +78,16 @@ class World:
             end.close("the test is over")
 
 
+@pytest.fixture(scope="module")
+def spares() -> Iterator[Spares]:
+    made = Spares()
+    yield made
+    made.close()
+
+
 @pytest.fixture(params=["torch", "cuda_ipc"])
-def world(request: pytest.FixtureRequest) -> Iterator[World]:
-    made = World(request.param)
+def world(request: pytest.FixtureRequest, spares: Spares) -> Iterator[World]:
+    made = World(request.param, spares)
     yield made
     made.close()
 

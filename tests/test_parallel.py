@@ -14,15 +14,16 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
+from diffusers.models.attention_dispatch import AttentionBackendName
 
-from ditrelay.errors import ConfigError
+from ditrelay.errors import ConfigError, InvalidRequest
 from ditrelay.models.adapter import StageAdapter
 from ditrelay.models.card import check_parallel, load_card
 from ditrelay.models.components import set_attention
 from ditrelay.models.load_spec import LoadSpec
 from ditrelay.models.loading import PRELOAD, load_adapter
-from ditrelay.models.parallel import check_heads
-from ditrelay.models.quirks import FAMILIES, RING_BACKENDS
+from ditrelay.models.parallel import check_heads, check_tokens, group_timeout, supports_context_parallel
+from ditrelay.models.quirks import ATTENTION_BACKENDS, FAMILIES, RING_BACKENDS
 from ditrelay.runtime.payloads import State
 from ditrelay.runtime.request import Request
 
@@ -110,6 +111,10 @@ def _difference(case: Case, root: str) -> float:
     alone = load_adapter(one)
     degrees = {"sp": case.sp, "ring": case.ring, "tp": case.tp, "cfg": case.cfg}
     split = load_adapter(replace(one, roles=frozenset({"denoise"}), offload=case.offload, **degrees))
+    if case.sp > case.ring > 1:
+        odd = tiny_models.small_request(card)
+        with pytest.raises(InvalidRequest, match="tokens does not divide by 4 ranks"):
+            _denoise(split, odd, alone.encode([odd]))
     state = alone.encode([request])
     for step in (1, 2):
         _denoise(split, request, state, stop_after=step)
@@ -123,7 +128,8 @@ def _rank(rank: int, world: int, port: int, root: str, out: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
     with torch.no_grad():
         differences = {name: _difference(case, root) for name, case in CASES.items() if case.ranks == world}
-    torch.save(differences, f"{out}/rank{rank}.pt")
+    waits = [group_timeout(group, torch.device("cpu")).total_seconds() for group in dist.distributed_c10d._world.pg_map]
+    torch.save(differences | {"groups": len(waits), "longest wait": max(waits)}, f"{out}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -175,6 +181,24 @@ def test_ranks_together_give_the_latents_of_one_also_after_cancels(
     case = CASES[name]
     found = differences(case.ranks)
     assert len(found) == case.ranks and all(rank[name] < 1e-5 for rank in found)
+
+
+def test_no_collective_of_a_replica_waits_longer_than_the_default_group(
+    differences: Callable[[int], list[dict[str, float]]],
+) -> None:
+    for rank in differences(4):
+        assert rank["groups"] > 4 and rank["longest wait"] == SECONDS
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ulysses", "ring", "fits"),
+    [(512, 2, 2, True), (9, 2, 2, False), (9, 2, 1, True), (9, 1, 3, True), (2, 3, 1, False), (2, 1, 3, False)],
+)
+def test_a_sequence_that_cannot_be_shared_out_names_the_flags(tokens: int, ulysses: int, ring: int, fits: bool) -> None:
+    if fits:
+        return check_tokens(tokens, ulysses=ulysses, ring=ring)
+    with pytest.raises(InvalidRequest, match=f"--ulysses-degree {ulysses} x --ring-degree {ring}.*; allowed: a size"):
+        check_tokens(tokens, ulysses=ulysses, ring=ring)
 
 
 def test_a_family_without_a_plan_is_refused_naming_those_that_have_one(tmp_path: Path) -> None:
@@ -235,6 +259,12 @@ def test_attention_heads_that_ulysses_cannot_share_out_are_refused(
         return check_heads(heads, ulysses=ulysses, ring=ring)
     with pytest.raises(ConfigError, match=f"--ulysses-degree: {ulysses} .* {heads} attention heads; allowed: .*1"):
         check_heads(heads, ulysses=ulysses, ring=ring)
+
+
+def test_every_name_of_attention_kernels_is_one_of_diffusers() -> None:
+    for names in (*ATTENTION_BACKENDS.values(), *RING_BACKENDS.values()):
+        assert set(names) <= {kernels.value for kernels in AttentionBackendName}
+    assert all(supports_context_parallel(name) for names in RING_BACKENDS.values() for name in names)
 
 
 def test_ring_attention_is_refused_where_no_kernel_can_do_it() -> None:

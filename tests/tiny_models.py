@@ -17,12 +17,12 @@ from ditrelay.models.card import ModelCard
 from ditrelay.runtime.request import Request, SamplingParams
 
 
-def build(family: str, root: Path) -> Path:
-    """The folder of the family's tiny model under ``root``; made on the first call."""
+def build(family: str, root: Path, make: Callable[[], Any] | None = None) -> Path:
+    """The folder of the family's tiny model under ``root``; made on the first call, by ``make`` if it is given."""
     folder = root / family
     if not folder.exists():
         torch.manual_seed(0)
-        pipeline = BUILDERS[family]()
+        pipeline = (make or BUILDERS[family])()
         for component in pipeline.components.values():
             if isinstance(component, torch.nn.Module):
                 _liven(component)
@@ -145,14 +145,14 @@ def _z_image() -> Any:
     )
 
 
-def _flux(guidance_embeds: bool = True) -> Any:
+def flux(guidance_embeds: bool = True, heads: int = 2) -> Any:
     clip, t5 = clip_tokenizer(), t5_tokenizer()
     transformer = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,
-        num_attention_heads=2,
+        num_attention_heads=heads,
         joint_attention_dim=32,
         pooled_projection_dim=32,
         axes_dims_rope=(4, 4, 8),
@@ -382,8 +382,8 @@ def _cogvideox() -> Any:
 
 BUILDERS: dict[str, Callable[[], Any]] = {
     "z-image": _z_image,
-    "flux": _flux,
-    "flux-schnell": lambda: _flux(guidance_embeds=False),
+    "flux": flux,
+    "flux-schnell": lambda: flux(guidance_embeds=False),
     "flux2-klein": _flux2_klein,
     "flux2-klein-distilled": lambda: _flux2_klein(is_distilled=True),
     "qwen-image": _qwen_image,
