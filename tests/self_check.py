@@ -17,7 +17,8 @@ Finished = subprocess.CompletedProcess[str]
 
 def torchrun(processes: int, *what: str, gpus: bool = False, timeout: float = 200.0) -> Finished:
     """Run ``what`` on so many ranks: NCCL where ``gpus`` are left visible to them and are enough, else gloo."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *what]
+    meeting = ("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")  # at a free port: several runs go on at once
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *meeting, *what]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})}
     return subprocess.run(command, cwd=_ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 

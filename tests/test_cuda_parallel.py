@@ -22,6 +22,7 @@ from ditrelay.errors import RequestCancelled
 AT_ONCE = 6 if ON_GPUS else 2
 # Of 256, root mean square: what float32 may differ by. The VAE's convolutions on a GPU round to TF32.
 LEVELS = 0.15 if ON_GPUS else 0.05
+LEVELS_IN_BFLOAT16 = 1.5  # its 8 bits are a third of a level at white; seen: 0.76 for every way to spread a denoise
 PROMPTS = ("a red apple " * 40, "two dogs on a blue road " * 20, "a yellow car")
 
 
@@ -160,18 +161,15 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     needed = [item for item in request.session.items if "drawn" in getattr(item, "fixturenames", ())]
     chosen = [item.callspec.params["case"] for item in needed]
     drawing = Drawing(tmp_path_factory.mktemp("tiny"))
-    drawing.start([each for case in chosen for each in (case, case.alone, replace(case.alone, dtype="float32"))])
+    drawing.start([each for case in chosen for each in (case, case.alone)])
     yield drawing
     drawing.close()
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=str(case), marks=needs(case.ranks)) for case in CASES])
 def test_ranks_together_draw_the_pictures_of_one(drawn: Drawing, case: Case, record_property: Record) -> None:
-    """In bfloat16 within the distance that bfloat16 itself makes; in float32 the same but for rounding."""
     together, alone = drawn(case), drawn(case.alone)
-    allowed = LEVELS
-    if case.dtype != "float32":
-        allowed += distance(alone, drawn(replace(case.alone, dtype="float32")))
+    allowed = LEVELS if case.dtype == "float32" else LEVELS_IN_BFLOAT16
     found, apart = distance(together, alone), distance(alone[:1], alone[1:2])
     record_property("off", f"{found:.3f} of {allowed:.3f} allowed, two prompts are {apart:.1f} apart")
     assert found <= allowed

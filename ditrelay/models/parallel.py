@@ -13,10 +13,12 @@ from diffusers import ContextParallelConfig
 from diffusers.hooks import context_parallel, tensor_parallel
 from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import TensorParallelConfig
+from diffusers.models._modeling_parallel import gather_size_by_comm as _ask_all_ranks
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch.distributed.device_mesh import init_device_mesh
 
 from ditrelay.errors import ConfigError, InvalidRequest
+from ditrelay.models.lengths import SequenceLengths
 
 if TYPE_CHECKING:
     from ditrelay.models.load_spec import LoadSpec
@@ -67,7 +69,7 @@ class ReplicaMesh:
             # torch (2.13) fails to trace its exchanges. What is around the attention is compiled.
             eager = torch.compiler.disable(_context_parallel_attention)  # type: ignore[no-untyped-call]
             attention_dispatch._templated_context_parallel_attention = eager
-        with _cpu_allowed(self._device), _lengths_checked():
+        with _cpu_allowed(self._device), _sequences_watched(transformer):
             for config in self._configs():
                 # diffusers refuses a second kind. But one splits the weights, the other what they are applied to.
                 transformer._parallel_config = None
@@ -90,15 +92,21 @@ class ReplicaMesh:
             )
 
 
-class _CheckedSplit(context_parallel.ContextParallelSplitHook):  # type: ignore[misc]
-    """diffusers' hook that gives each rank its part of a sequence; it asserts where ours say what is allowed."""
+def _watching_split(lengths: SequenceLengths) -> type:
+    """diffusers' hook that gives each rank its part of a sequence; it asserts where ours says what is allowed."""
+    note = torch.compiler.disable(lengths.note)  # type: ignore[no-untyped-call]
 
-    def _prepare_cp_input(self, x: torch.Tensor, cp_input: Any) -> torch.Tensor:
-        config = self.parallel_config
-        if cp_input.expected_dims in (None, x.dim()):
-            check_tokens(x.shape[cp_input.split_dim], ulysses=config.ulysses_degree, ring=config.ring_degree)
-        part: torch.Tensor = super()._prepare_cp_input(x, cp_input)
-        return part
+    class WatchingSplit(context_parallel.ContextParallelSplitHook):  # type: ignore[misc]
+        def _prepare_cp_input(self, x: torch.Tensor, cp_input: Any) -> torch.Tensor:
+            config = self.parallel_config
+            if cp_input.expected_dims in (None, x.dim()):
+                tokens = x.shape[cp_input.split_dim]
+                check_tokens(tokens, ulysses=config.ulysses_degree, ring=config.ring_degree)
+                note(tokens)
+            part: torch.Tensor = super()._prepare_cp_input(x, cp_input)
+            return part
+
+    return WatchingSplit
 
 
 def check_tokens(tokens: int, *, ulysses: int, ring: int) -> None:
@@ -157,10 +165,14 @@ def supports_context_parallel(backend: str) -> bool:
 
 
 @contextmanager
-def _lengths_checked() -> Iterator[None]:
-    """What is made parallel inside splits sequences with our hook."""
+def _sequences_watched(transformer: Any) -> Iterator[None]:
+    """What is made parallel inside splits sequences with our hook, and knows the parts of the other ranks from it."""
+    lengths = SequenceLengths()
+    transformer.register_forward_pre_hook(lambda *_: lengths.begin())
+    for module in (attention_dispatch, context_parallel):
+        module.gather_size_by_comm = lengths.gather(_ask_all_ranks)
     theirs = context_parallel.ContextParallelSplitHook
-    context_parallel.ContextParallelSplitHook = _CheckedSplit
+    context_parallel.ContextParallelSplitHook = _watching_split(lengths)
     try:
         yield
     finally:
