@@ -298,9 +298,8 @@ def section(figures: Mapping[str, Any], served: Sequence[Mapping[str, Any]]) -> 
         markdown(HEADER, rows(figures)),
         ", ".join(_stage_line(name, figures[name]) for name in ("encode", "decode")) + ".",
     ]
-    lines += [
-        line for each in served if each["workload"]["name"] == workload["name"] for line in _memory(figures, each)
-    ]
+    same = [each for each in served if each["workload"]["name"] == workload["name"] and "bytes" in figures]
+    lines += [line for each in same for line in _memory(figures, each)]
     return "\n\n".join(lines)
 
 

@@ -12,14 +12,17 @@ host: what pinned memory and a pool of receive buffers are worth, and how late a
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
-from common import parser, show, write_json
+from common import ROOT, markdown, parser, show, write_json, write_section
 
 from ditrelay import Engine, SamplingParams, ServerArgs
 from ditrelay.models.pixels import to_frames
@@ -35,6 +38,7 @@ SIZES_MIB = (0.0625, 1, 4, 8, 16, 64, 256)
 REPEATS = 40
 HANDOFF_MB = {"FLUX": 4.2, "Wan 480p": 8.4, "Wan 720p": 27.8}
 BUSY_MIB = 64
+AIM_MS = 1.0  # of a hand-off, beside the time that its bytes take
 
 
 def connect(port: int, backend: str, rank: int) -> Endpoint:
@@ -236,12 +240,66 @@ def wake_up(*, blocking: bool) -> float:
     return time.perf_counter() - began - start.elapsed_time(end) / 1000
 
 
+# ---------------------------------------------------------------- what is shown
+
+
+def section(result: Mapping[str, Any]) -> str:
+    """The result as Markdown."""
+    source = result["provenance"]
+    origin = (
+        f"`{source['command']}`, {source['date'][:10]}, two of {len(source['gpus'])}x {result['card']}, torch "
+        f"{result['torch']}, commit {source['commit']}. Medians of {REPEATS}."
+    )
+    edges, matmuls, handoffs = (
+        [result[f"{what}, {backend}"] for backend in BACKENDS]
+        for what in ("edge us by MiB", "matmul ms", "hand-off ms")
+    )
+    rows = [
+        [f"one edge alone, {' / '.join(edges[0])} MiB, us", *(_slashed(edge.values(), 0) for edge in edges)],
+        ["8192^3 matmul alone / while a receive waits, ms", *(_matmul(each) for each in matmuls)],
+        ["payloads of 64 MiB moved during 200 such matmuls", *(str(each["payloads meanwhile"]) for each in matmuls)],
+    ]
+    for name, megabytes in HANDOFF_MB.items():
+        seen = [handoff[name] for handoff in handoffs]
+        rows.append([f"hand-off of {megabytes} MB ({name}), median / 90th percentile, ms", *map(_handoff, seen)])
+    rows.append(["of it, until both ranks are told, ms", *(_told(handoff) for handoff in handoffs)])
+    return "\n\n".join([origin, markdown(["", *BACKENDS], rows), *_verdicts(handoffs)])
+
+
+def _slashed(values: Iterable[float], digits: int) -> str:
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def _matmul(times: Mapping[str, float]) -> str:
+    return f"{times['alone']:.2f} / {times['receive posted, no send']:.2f}"
+
+
+def _handoff(seen: Mapping[str, float]) -> str:
+    return f"{seen['median']:.2f} / {seen['p90']:.2f}"
+
+
+def _told(handoff: Mapping[str, Mapping[str, float]]) -> str:
+    return _slashed((seen["of it until both ranks are told"] for seen in handoff.values()), 2)
+
+
+def _verdicts(handoffs: Sequence[Mapping[str, Mapping[str, float]]]) -> Iterator[str]:
+    for backend, handoff in zip(BACKENDS, handoffs, strict=True):
+        slowest = max(seen["median"] for seen in handoff.values())
+        reached = "reached" if slowest <= AIM_MS else "**not reached**"
+        aim = f"aim {AIM_MS:.0f} ms + bytes/bandwidth: {reached}"
+        yield f"`{backend}`: at most {slowest:.2f} ms, bytes included; {aim}."
+
+
 def main() -> None:
     arguments = parser(__doc__)
+    arguments.add_argument("--report", type=Path, metavar="FILE", help="write docs/performance.md from this result")
     arguments.add_argument(
         "--only", choices=("edge", "handoff", "host"), nargs="+", default=["edge", "handoff", "host"]
     )
     options = arguments.parse_args()
+    if options.report:
+        write_section(ROOT / "docs" / "performance.md", "transfers", section(json.loads(options.report.read_text())))
+        return
     figures: dict[str, object] = {"card": torch.cuda.get_device_name(0), "torch": torch.__version__}
     if "edge" in options.only:
         for backend in BACKENDS:

@@ -259,7 +259,9 @@ def test_a_share_of_the_lock_step_formula_is_judged() -> None:
     pair = [_record(LOCK_STEP, 1.0, 0.5), _record(ASYNC_SP, 1.75, 0.5)]
     reached = serving_verdict.checks(pair)[0]
     assert "1.75x, 97.2% of (p + dM)/max(p, dM) = 1.80; aim 95%: reached" in reached
-    pair[1]["saturated"]["rate"] = 2.1
+    pair[1]["saturated"]["rate"] = 2.1  # lock-step waits for more than its stages, so that more can be won
+    assert "2.10x, 116.7%" in serving_verdict.checks(pair)[0] and "gives 3.00" in serving_verdict.checks(pair)[0]
+    pair[1]["saturated"]["rate"] = 3.4
     assert "not decided: more than the formula allows" in serving_verdict.checks(pair)[0]
     pair[1]["saturated"]["rate"] = 1.3
     checks = serving_verdict.checks(pair)
