@@ -12,7 +12,8 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from ditrelay.errors import ConfigError
-from ditrelay.runtime.server_args import Flag, FlagSpec, format_bytes, server_flags
+from ditrelay.runtime.flags import Flag, FlagSpec, format_bytes
+from ditrelay.runtime.server_args import server_flags
 
 Command = Callable[..., int]
 

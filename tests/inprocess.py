@@ -8,6 +8,8 @@ import time
 from collections import Counter
 from types import TracebackType
 
+from fake_device import SlowDevice
+
 from ditrelay.models.card import load_card
 from ditrelay.models.timed import TimedAdapter
 from ditrelay.models.timed_options import TimedOptions
@@ -22,6 +24,7 @@ from ditrelay.runtime.messages import (
     Finish,
     LogLine,
     SchedulerEvent,
+    Send,
     Spawn,
     Submit,
     Tick,
@@ -31,6 +34,7 @@ from ditrelay.runtime.messages import (
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
 from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
+from ditrelay.runtime.pipelines_core.executors.progress import DeviceProgress
 from ditrelay.runtime.pipelines_core.stages import build_pipeline
 from ditrelay.runtime.request import Request, SamplingParams
 from ditrelay.runtime.scheduler import Scheduler
@@ -42,7 +46,13 @@ class Rank:
     """What a worker process is, less the process."""
 
     def __init__(
-        self, rank: int, args: ServerArgs, topology: Topology, network: LocalNetwork, events: queue.SimpleQueue
+        self,
+        rank: int,
+        args: ServerArgs,
+        topology: Topology,
+        network: LocalNetwork,
+        events: queue.SimpleQueue,
+        behind: float,
     ) -> None:
         def connect(edge: Edge, generation: int) -> Transport:
             return network.connect(edge, generation, rank, timeout=args.dist_timeout)
@@ -51,6 +61,8 @@ class Rank:
         self.comm = DisaggCommunicator(rank, topology.roles_of, connect, args.dist_timeout)
         self.executor = DisaggregatedExecutor(args, rank=rank, roles=roles, communicator=self.comm, peers=8)
         lane = Lane(f"rank-{rank}", self.executor.device)
+        if behind and "encode" in roles:
+            lane.progress = DeviceProgress(f"rank-{rank}", SlowDevice(behind).record, args.stage_timeout)
         adapter = TimedAdapter(TimedOptions.parse(args.model_path))
         self.loop = OverlapLoop(
             self.executor,
@@ -58,6 +70,7 @@ class Rank:
             lanes=dict.fromkeys(roles, lane),
             priority={"encode": 0, "decode": 1, "denoise": 2},
             emit=events.put,
+            announce=True,
         )
         self.commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         threading.Thread(target=self._obey, daemon=True).start()
@@ -70,12 +83,16 @@ class Rank:
 class Fleet:
     """``with Fleet(args) as fleet: fleet.submit(...); fleet.wait()``.
 
+    Args:
+        behind: seconds that the device of a rank that encodes takes for each thing launched, behind the rank's thread.
+
     Attributes:
+        early: transfers that were asked for before their encode was done.
         outcomes: how each request ended; ``finishes`` counts the Finish actions per request.
         media: the file of each request that is done.
     """
 
-    def __init__(self, args: ServerArgs, faults: FaultPlan | None = None) -> None:
+    def __init__(self, args: ServerArgs, faults: FaultPlan | None = None, *, behind: float = 0.0) -> None:
         self.args = args
         self.card = load_card(args.model_path)
         self.topology = Topology.build(args)
@@ -84,9 +101,11 @@ class Fleet:
         self.media: dict[str, bytes] = {}
         self.scheduler = Scheduler(self.topology, scheduler_config(args))
         self.most_pending_bytes = 0
+        self.early = 0
         self._events: queue.SimpleQueue[SchedulerEvent | WorkerEvent | None] = queue.SimpleQueue()
         network = LocalNetwork(faults or FaultPlan())
-        self.ranks = [Rank(r, args, self.topology, network, self._events) for r in range(self.topology.world_size)]
+        ranks = range(self.topology.world_size)
+        self.ranks = [Rank(r, args, self.topology, network, self._events, behind) for r in ranks]
         self._ended = threading.Condition()
         self._submitted = 0
         self._error: Exception | None = None
@@ -178,6 +197,7 @@ class Fleet:
                     self.finishes[action.request_id] += 1
                     self._ended.notify_all()
             else:
+                self.early += isinstance(action, Send) and action.early
                 self.ranks[action.rank].commands.put(action)
         pending = sum(edge.nbytes for edge in self.scheduler.snapshot().edges)
         self.most_pending_bytes = max(self.most_pending_bytes, pending)

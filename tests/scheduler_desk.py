@@ -22,6 +22,7 @@ from ditrelay.runtime.messages import (
     Stage,
     StageFailed,
     Started,
+    StepDone,
     Submit,
     Tick,
     TransferRejected,
@@ -77,15 +78,20 @@ class Desk:
     def state(self, name: str) -> RequestState | None:
         return self.scheduler.state_of(name)
 
-    def submit(self, *names: str) -> None:
+    def submit(self, *names: str, **params: object) -> None:
         for name in names:
-            self.do(Submit(request(name)))
+            self.do(Submit(request(name, **params)))
 
     def cancel(self, name: str, reason: str | None = None) -> None:
         self.do(CancelRequest(name, reason))
 
     def started(self, name: str, stage: Stage) -> None:
         self.do(Started(self.rank_of(name), name, stage, self.now))
+
+    def stepped(self, name: str, step: int, *, after: float = 0.0) -> None:
+        """Its denoise reports a step, ``after`` seconds."""
+        self.now += after
+        self.do(StepDone(self.rank_of(name), name, step, 8, self.now))
 
     def launched(self, name: str, nbytes: int = 1, rank: int | None = None) -> None:
         self.do(Launched(self.rank_of(name) if rank is None else rank, name, header(name, nbytes)))
@@ -120,9 +126,9 @@ class Desk:
     def stage_failed(self, name: str, stage: Stage, param: str | None = None) -> None:
         self.do(StageFailed(self.rank_of(name), name, stage, "out of memory", self.now, param))
 
-    def bring(self, name: str, state: RequestState) -> None:
+    def bring(self, name: str, state: RequestState, **params: object) -> None:
         """Submits ``name`` and leads it to ``state``."""
-        self.submit(name)
+        self.submit(name, **params)
         stages: dict[RequestState, object] = {
             RequestState.ENCODING: lambda: self.encoded(name),
             RequestState.TO_DIT: lambda: self.received(name),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import httpx
@@ -20,9 +20,13 @@ from ditrelay.errors import (
     RequestFailed,
     StartupError,
 )
+from ditrelay.runtime.messages import Heartbeat
 from ditrelay.runtime.metrics import Timings
 from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.scheduler import EdgeSnapshot
 from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.status import EngineStatus, WorkerStatus
+from ditrelay.runtime.topology import Edge
 from ditrelay.server.app import create_app
 
 DRAWN_SEED = 1234
@@ -63,7 +67,7 @@ class FakeTicket:
         self._ended.set_result(FakeResult(self.request_id, self.params, media))
 
     def close(self) -> None:
-        self._end(RequestFailed(self.request_id, "the engine is shut down"))
+        self._end(EngineClosed("the engine is shut down"))
 
     def cancel(self) -> None:
         if not self._ended.done():
@@ -88,15 +92,18 @@ class FakeEngine:
     max_queue: int = 256
     failure: DitrelayError | None = None
     loaded: asyncio.Event = field(default_factory=asyncio.Event)
+    loop: asyncio.AbstractEventLoop | None = None
     closed: bool = False
     tickets: list[FakeTicket] = field(default_factory=list)
     down: dict[int, str] = field(default_factory=dict)
+    lost_roles: tuple[tuple[str, str], ...] = ()
 
     @property
     def card(self) -> SimpleNamespace:
         return SimpleNamespace(media=self.media)
 
     async def start(self) -> None:
+        self.loop = asyncio.get_running_loop()
         await self.loaded.wait()
         if self.failure:
             raise self.failure
@@ -113,10 +120,15 @@ class FakeEngine:
     def ready(self) -> bool:
         return self.loaded.is_set() and not self.down and not self.closed
 
-    def status(self) -> SimpleNamespace:
-        roles = {0: "dit", 1: "dit", 2: "non_dit"}
-        workers = [SimpleNamespace(rank=rank, role=role, **self._state(rank)) for rank, role in roles.items()]
-        return SimpleNamespace(ready=self.ready, workers=workers)
+    def status(self) -> EngineStatus:
+        return EngineStatus(
+            ready=self.ready,
+            workers=(self._worker(0, 0), self._worker(1, 1), self._worker(2, None)),
+            running=len(self.tickets),
+            edges=(EdgeSnapshot(Edge(2, 0), True, 3, 1, 2, 500),),
+            lost_roles=self.lost_roles,
+            retry_after=9,
+        )
 
     async def submit(self, params: SamplingParams) -> FakeTicket:
         if self.closed:
@@ -132,10 +144,18 @@ class FakeEngine:
         self.tickets.append(ticket)
         return ticket
 
-    def _state(self, rank: int) -> dict[str, str | None]:
-        if rank in self.down:
-            return {"state": "down", "reason": self.down[rank]}
-        return {"state": "up" if self.loaded.is_set() else "starting", "reason": None}
+    def _worker(self, rank: int, replica: int | None) -> WorkerStatus:
+        up = WorkerStatus(
+            rank=rank,
+            role="non_dit" if replica is None else "dit",
+            roles=("encode", "decode") if replica is None else ("denoise",),
+            replica=replica,
+            state="up" if self.loaded.is_set() else "starting",
+            pid=1000 + rank,
+            memory=Heartbeat(rank, 0.0, pending_sends=1, kept=70),
+        )
+        down = rank in self.down
+        return replace(up, state="down", reason=self.down[rank], pid=None, restarts=2, memory=None) if down else up
 
 
 @asynccontextmanager

@@ -10,6 +10,8 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from msgspec import structs
+
 from ditrelay.runtime.messages import (
     Decode,
     Decoded,
@@ -32,8 +34,8 @@ from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.request import Request, SamplingParams
 
 
-def request(request_id: str) -> Request:
-    return Request(request_id=request_id, params=SamplingParams(prompt="a red apple"))
+def request(request_id: str, **params: object) -> Request:
+    return Request(request_id=request_id, params=SamplingParams(prompt="a red apple", **params))  # type: ignore[arg-type]
 
 
 def header(request_id: str, nbytes: int) -> PayloadHeader:
@@ -192,7 +194,8 @@ class Worker:
             self.hung.add(stage)
         elif world.chance(world.faults.stage_fails):
             self.remove(resident)
-            self.said.append(StageFailed(self.rank, resident.request_id, stage, "out of memory", 0.0))
+            failed = StageFailed(self.rank, resident.request_id, stage, "it raised", 0.0)
+            self.said.append(structs.replace(failed, out_of_memory=world.chance(0.5)))
             self._computed(resident)
         elif stage == "denoise" and world.chance(0.3):
             self.said.append(StepDone(self.rank, resident.request_id, 1, 2, 0.0))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import signal
 import time
+
+from chaos import Options, run
+from chaos_report import section, verdict
+from common import provenance
+from rich.console import Console
 
 from ditrelay import Engine, SamplingParams, ServerArgs
 from ditrelay.errors import InvalidRequest, QueueFull, RequestCancelled, RequestFailed
@@ -70,3 +76,13 @@ def test_kills_cancels_and_failures_under_load_lose_no_request() -> None:
     assert sum(worker.restarts for worker in status.workers) > 0
     left = [(w.memory.kept, w.memory.pending_sends, w.memory.pending_recvs) for w in status.workers if w.memory]
     assert left == [(0, 0, 0)] * 5
+
+
+def test_a_server_under_chaos_loses_nothing_hangs_nowhere_and_draws_no_wrong_picture() -> None:
+    result = run(Options(minutes=0.5, seed=5, every=1.2), Console(file=io.StringIO()))
+    assert verdict(result) == []
+    assert result["load"]["completed"] > 10
+    kinds = {kind.partition(",")[0] for kind in result["faults"]}
+    assert {"kill", "long stop", "short stop", "cancel storm", "malformed"} <= kinds
+    assert not result["log_errors"]
+    assert "Nothing that must not happen happened" in section(result, provenance())

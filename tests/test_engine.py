@@ -176,6 +176,19 @@ def test_a_stage_that_hangs_fails_its_request_and_the_rank_comes_back(slow: Engi
     assert submit(slow, "a dog", num_inference_steps=1).result(10).media
 
 
+def test_a_step_that_takes_far_longer_than_usual_is_a_hang_long_before_the_stage_timeout() -> None:
+    with Engine(settings(num_gpus=2, dist_timeout=3.0, max_attempts=1)) as engine:
+        engine.generate([f"picture {i}" for i in range(3)])
+        began = time.monotonic()
+        with pytest.raises(
+            RequestFailed, match=r"denoise of request .* \(after step 1\) .* for 3 s \(--dist-timeout; usual"
+        ):
+            submit(engine, "[hang denoise]").result(30)
+        assert time.monotonic() - began < 10.0
+        wait_ready(engine)
+        assert submit(engine, "a dog").result(10).media
+
+
 def test_a_request_that_takes_too_long_fails_with_the_flags_name() -> None:
     with Engine(settings(model_path=SLOW, num_gpus=2, request_timeout=0.5)) as engine:
         with pytest.raises(RequestFailed, match="--request-timeout"):
@@ -270,6 +283,7 @@ def test_a_request_that_fails_on_every_rank_of_a_replica_costs_no_restart() -> N
             with pytest.raises(RequestFailed, match="denoise fails"):
                 submit(engine, "[fail denoise]").result(10)
         assert submit(engine, "a dog").result(10).media
+        assert submit(engine, "[oom denoise]").result(10).media  # the first time it runs out of memory
         assert [worker.restarts for worker in engine.status().workers] == [0, 0, 0]
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import resource
+import weakref
 
 import pytest
+import torch
 from inprocess import Fleet
 
 from ditrelay.runtime.communication.local_transport import FaultPlan
+from ditrelay.runtime.pipelines_core.executors.stage_run import free_after
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.topology import Edge
 
@@ -51,6 +54,41 @@ def test_many_requests_end_once_each_and_leave_nothing_behind() -> None:
 )
 def test_every_mode_makes_the_same_picture(changes: dict[str, object]) -> None:
     assert one("a red apple", **changes) == one("a red apple", enable_disagg=False, num_gpus=1)
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+@pytest.mark.parametrize("changes", [{}, {"enable_disagg": False, "num_gpus": 1}, {"use_async_comm": False}], ids=str)
+def test_a_request_that_runs_out_of_memory_once_is_tried_again_alone(stage: str, changes: dict[str, object]) -> None:
+    with Fleet(args(**changes)) as fleet:
+        request_id = ""
+        for i in range(9):
+            prompt = f"[oom {stage}]" if i == 4 else f"picture {i}"
+            made = fleet.submit(prompt, seed=7)
+            request_id = made if i == 4 else request_id
+        fleet.wait()
+        fleet.settle()
+    assert {finish.outcome for finish in fleet.outcomes.values()} == {"done"}
+    assert fleet.media[request_id] == one(f"[oom {stage}]")
+
+
+def test_nothing_of_a_stage_that_ran_out_of_memory_outlives_it() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def stage() -> None:
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        try:
+            raise RuntimeError("inside")
+        except RuntimeError as error:
+            raise torch.OutOfMemoryError("at last") from error
+
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        stage()
+    error = caught.value
+    del caught
+    assert held[0]() is not None, "the traceback holds it"
+    free_after(error)
+    assert held[0]() is None
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,10 @@ def test_the_deadline_of_a_start_ends_with_the_process():
     desk.bring_up(1)
     desk.wait(29.5)
     desk.down(0)
-    desk.wait(0.9)
-    assert desk.actions == []
     desk.wait(0.1)
     assert desk.actions == [Spawn(0)]
+    desk.wait(29.0)
+    assert desk.actions == []
 
 
 def test_the_deadline_of_an_opening_ends_with_its_units():

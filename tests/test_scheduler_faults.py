@@ -37,6 +37,7 @@ def test_a_lost_replica_sends_its_requests_back_to_the_kept_conditioning():
     desk.bring("a", S.DENOISING)
     assert desk.rank_of("a") == 0
     desk.down(0)
+    desk.wait(0.1)
     assert desk.of(Send) == [Send(2, "a", 1, 1, 0)]
     assert not desk.of(Encode)
     assert desk.record("a").attempts == 1
@@ -47,6 +48,7 @@ def test_a_lost_decoder_sends_the_kept_latents_again():
     desk.bring("a", S.DECODING)
     assert desk.rank_of("a") == 2
     desk.down(2)
+    desk.wait(0.1)
     assert desk.of(Send) == [Send(0, "a", 3, 1, 0)]
     assert [expect.rank for expect in desk.of(Expect)] == [3]
     assert not desk.of(Denoise)
@@ -95,6 +97,39 @@ def test_a_request_that_only_waited_on_a_lost_worker_has_no_attempt_counted():
     assert [desk.record(name).attempts for name in ("poison", "bystander", "behind")] == [1, 0, 0]
 
 
+def test_a_request_that_may_have_caused_a_loss_waits_before_its_next_try_the_others_do_not():
+    desk = Desk(*[("n", 1)] * 4, ("ed", 1), max_attempts=4)
+    desk.bring("a", S.DENOISING)
+    desk.submit("b")  # its encode goes on beside all this
+    for delay in (0.1, 1.0, 1.0):
+        rank = desk.rank_of("a")
+        desk.down(rank)
+        assert desk.state("a") is S.ENCODED and not desk.of(Send)
+        desk.wait(delay - 0.05)
+        assert not [send for send in desk.of(Send) if send.request_id == "a"]
+        desk.wait(0.06)
+        assert [send.request_id for send in desk.of(Send)] == ["a"]
+        desk.received("a")
+        desk.started("a", "denoise")
+    assert desk.record("a").attempts == 3
+    assert desk.state("b") is S.ENCODING
+
+
+def test_what_waits_for_its_next_try_can_be_cancelled_and_lose_its_payload():
+    desk = Desk(*SPLIT, max_attempts=4)
+    for name in "ab":
+        desk.bring(name, S.DENOISING)
+    desk.down(0)
+    desk.cancel("a")
+    desk.dropped("a", 1)
+    assert desk.ends("a") == [("cancelled", None)]
+    desk.down(1)
+    assert desk.state("b") is S.QUEUED
+    assert [record.id for record in desk.scheduler._ledger.queue] == ["b"]
+    desk.wait(1.0)
+    assert [record.id for record in desk.scheduler._ledger.queue] == ["b"]
+
+
 def test_only_the_request_whose_transfer_failed_has_an_attempt_counted():
     desk = Desk(*ONE_AND_ONE)
     desk.bring("a", S.TO_DIT)
@@ -111,40 +146,6 @@ def test_a_lost_member_takes_its_whole_unit_down():
     desk.wait(1.0)
     assert desk.actions == [Spawn(0), Spawn(1), Spawn(2)]
     assert desk.scheduler.worker_state(2) == "starting"
-
-
-def test_restarts_wait_longer_each_time_and_end():
-    desk = Desk(*TWO_AND_ONE, max_restarts=3)
-    for delay in (1.0, 2.0, 4.0):
-        desk.down(0)
-        desk.wait(delay - 0.1)
-        assert not desk.of(Spawn)
-        desk.wait(0.1)
-        assert desk.actions == [Spawn(0)]
-    desk.down(0)
-    desk.wait(200.0)
-    assert not desk.of(Spawn)
-    unit = desk.snapshot().units[0]
-    assert (unit.state, unit.restarts, unit.reason) == ("failed", 3, "worker 0 died (exit code -9)")
-    assert desk.scheduler.worker_state(0) == "down"
-
-
-def test_the_wait_for_a_restart_grows_to_a_minute_at_most():
-    desk = Desk(*TWO_AND_ONE, max_restarts=20, restart_window=1e6)
-    for _ in range(15):
-        desk.down(0)
-        desk.wait(60.0)
-        assert desk.actions == [Spawn(0)]
-
-
-def test_restarts_long_ago_do_not_count():
-    desk = Desk(*ONE_AND_ONE, max_restarts=1, restart_window=300.0)
-    for _ in range(3):
-        desk.down(0)
-        desk.wait(1.0)
-        assert desk.actions == [Spawn(0)]
-        desk.bring_up(0)
-        desk.wait(301.0)
 
 
 def test_a_request_that_is_set_back_too_often_fails_with_the_last_reason():

@@ -29,12 +29,19 @@ from ditrelay.runtime.scheduling.ledger import Ledger
 from ditrelay.runtime.scheduling.state import Record, Station, UnitState
 from ditrelay.runtime.topology import Topology
 
-CONFIG = dict(max_queue=5, transfer_timeout=20.0, stage_timeout=40.0, startup_timeout=60.0, max_pending_bytes=10)
+CONFIG = dict(
+    max_queue=5,
+    max_pending_bytes=10,
+    transfer_timeout=20.0,
+    stage_timeout=40.0,
+    hang_timeout=15.0,
+    startup_timeout=60.0,
+)
 
 
 def records_at(ledger: Ledger) -> list[tuple[str, Record]]:
     """Every live record once for each place where it is."""
-    places = [("queue", record) for record in ledger.queue]
+    places = [("queue", record) for record in ledger.queue] + [("aside", record) for record in ledger.aside]
     places += [("way", record) for record in ledger.records.values() if record.on_the_way]
     for unit in ledger.units.values():
         for station in unit.stations.values():
@@ -44,15 +51,17 @@ def records_at(ledger: Ledger) -> list[tuple[str, Record]]:
     return [(name, record) for name, record in places if not record.state.ended]
 
 
-PLACE = {
-    RequestState.QUEUED: "queue",
-    RequestState.ENCODING: "dispatched",
-    RequestState.ENCODED: "held",
-    RequestState.TO_DIT: "way",
-    RequestState.DENOISING: "dispatched",
-    RequestState.DENOISED: "held",
-    RequestState.TO_DECODER: "way",
-    RequestState.DECODING: "dispatched",
+PLACES = {
+    RequestState.QUEUED: {"queue", "aside"},
+    RequestState.ENCODING: {"dispatched"},
+    RequestState.ENCODED: {"held", "aside"},
+    RequestState.TO_DIT: {"way"},
+    RequestState.AT_DIT: {"waiting", "dispatched"},
+    RequestState.DENOISING: {"dispatched"},
+    RequestState.DENOISED: {"held", "aside"},
+    RequestState.TO_DECODER: {"way"},
+    RequestState.AT_DECODER: {"waiting", "dispatched"},
+    RequestState.DECODING: {"dispatched"},
 }
 
 
@@ -63,8 +72,7 @@ def check_books(scheduler: Scheduler) -> None:
     places = records_at(ledger)
     assert sorted(r.number for _, r in places) == [r.number for r in live], "each request is in one place"
     for place, record in places:
-        allowed = {PLACE[record.state]} if record.state in PLACE else {"waiting", "dispatched"}
-        assert place in allowed, f"{record.id} is {record.state} and {place}"
+        assert place in PLACES[record.state], f"{record.id} is {record.state} and {place}"
     for record in ledger.records.values():
         assert record.promise is None or record.state.ended or record.state is RequestState.ENCODING
         assert bool(record.dropping) == record.state.ended
@@ -76,6 +84,9 @@ def check_books(scheduler: Scheduler) -> None:
             check_station(ledger, station)
     assert set(ledger.transfers._since) == {r for r in ledger.records.values() if r.on_the_way}
     assert set(ledger.drops._since) == {r for r in ledger.records.values() if r.state.ended}
+    for unit in ledger.units.values():
+        assert list(unit.alone) == [r for r in unit.alone if r.alone is not None and r.alone.unit is unit]
+        assert (unit in ledger.closed) == bool(unit.alone)
     check_nothing_is_missed(scheduler)
 
 
@@ -118,7 +129,7 @@ def check_nothing_is_missed(scheduler: Scheduler) -> None:
 
 def check_all_is_given_back(scheduler: Scheduler, fleet: SimulatedFleet) -> None:
     snapshot, ledger = scheduler.snapshot(), scheduler._ledger
-    assert not ledger.records and not ledger.queue
+    assert not ledger.records and not ledger.queue and not ledger.aside and not ledger.closed
     assert snapshot.kept_bytes == snapshot.zombies == 0
     assert all(unit.load == unit.reserved == unit.dispatched == unit.held == 0 for unit in snapshot.units)
     assert all(edge.used == edge.nbytes == 0 for edge in snapshot.edges)

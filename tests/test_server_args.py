@@ -8,7 +8,8 @@ import pytest
 
 from ditrelay.errors import ConfigError
 from ditrelay.models.quirks import ATTENTION_BACKENDS
-from ditrelay.runtime.server_args import ServerArgs, format_bytes, parse_bytes, server_flags
+from ditrelay.runtime.flags import format_bytes, parse_bytes
+from ditrelay.runtime.server_args import ServerArgs, server_flags
 
 FLAGS = {flag.name: flag for flag in server_flags()}
 

@@ -203,6 +203,24 @@ def test_a_request_after_the_engine_closed_is_503():
     assert "shutting down" in error_of(asyncio.run(main()), 503)["message"]
 
 
+def test_a_role_that_is_gone_for_good_is_503_also_for_requests_that_run():
+    for prompt in ("a cat", "[fail]"):
+        engine = FakeEngine(lost_roles=(("decode", "worker 2 died (killed by signal 9)"),))
+        if prompt == "[fail]":  # lost while it ran
+            engine = LosesRole()
+        error = error_of(post(engine, prompt=prompt), 503)
+        assert error["code"] == "role_down"
+        assert "no rank is left for decode (worker 2 died" in error["message"]
+
+
+class LosesRole(FakeEngine):
+    """Loses a role between the submission of a request and its end."""
+
+    async def submit(self, params):
+        self.lost_roles = (("decode", "worker 2 died"),)
+        return await super().submit(params)
+
+
 def test_a_lost_worker_does_not_turn_requests_away():
     async def main() -> httpx.Response:
         engine = FakeEngine()

@@ -38,7 +38,10 @@ def restored_loggers(monkeypatch):
 def run(monkeypatch):
     """Serve ``engine`` in this thread while ``client`` runs in another; then send ``number`` to end the server."""
 
-    def run(engine: FakeEngine, client: Callable[[httpx.Client], None], number: int = signal.SIGTERM) -> int:
+    def run(
+        engine: FakeEngine, client: Callable[[httpx.Client], None], number: int = signal.SIGTERM, **settings: object
+    ) -> int:
+        engine.args = ServerArgs(served_model_name="tiny", **settings)
         monkeypatch.setitem(sys.modules, "ditrelay.engine", SimpleNamespace(AsyncEngine=lambda args: engine))
         with listen("127.0.0.1", 0) as free:
             port = free.getsockname()[1]
@@ -113,21 +116,66 @@ def test_a_signal_while_the_model_loads_ends_it_at_once_and_is_no_failure(run, c
     assert not [line for line in house_lines(capsys) if line.startswith("[ERROR]")]
 
 
-def test_requests_that_run_at_the_end_are_answered_with_503(run):
+class Background:
+    """Requests for pictures that run while a test goes on."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.answers: list[Future[httpx.Response]] = []
+        self._pool = ThreadPoolExecutor(4)
+
+    def start(self, http: httpx.Client) -> None:
+        wait_until(lambda: http.get("/ready").status_code == 200)
+        self.answers.append(self._pool.submit(httpx.post, f"{http.base_url}{ADDRESS}", json={"prompt": "[wait]"}))
+        wait_until(lambda: bool(self.engine.tickets))
+
+    def answer(self) -> httpx.Response:
+        answer = self.answers[0].result(10)
+        self._pool.shutdown()
+        return answer
+
+
+def test_the_first_signal_lets_requests_end_and_takes_no_new_ones(run):
     engine = loaded_engine()
-    answers: list[Future[httpx.Response]] = []
-    pool = ThreadPoolExecutor(1)
+    background = Background(engine)
 
     def client(http: httpx.Client) -> None:
-        wait_until(lambda: http.get("/ready").status_code == 200)
-        answers.append(pool.submit(httpx.post, f"{http.base_url}{ADDRESS}", json={"prompt": "[wait]"}))
-        wait_until(lambda: bool(engine.tickets))
+        background.start(http)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: http.get("/ready").status_code == 503)
+        assert http.get("/ready").json()["missing"] == {"engine": ["shutting down"]}
+        refused = http.post(ADDRESS, json={"prompt": "too late"})
+        assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the server is shutting down")
+        assert http.get("/health").status_code == 200
+        assert not engine.closed
+        engine.loop.call_soon_threadsafe(engine.tickets[0].finish)
+        wait_until(lambda: engine.closed)
+
+    # What ``run`` sends after the client has ended is the second signal: it finds the server at its end.
+    assert run(engine, client) == 0
+    assert background.answer().status_code == 200
+
+
+def test_a_second_signal_ends_running_requests_with_503(run):
+    engine = loaded_engine()
+    background = Background(engine)
+
+    def client(http: httpx.Client) -> None:
+        background.start(http)
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: http.get("/ready").status_code == 503)
 
     assert run(engine, client) == 0
-    answer = answers[0].result(10)
-    pool.shutdown()
-    assert answer.status_code == 503
-    assert answer.json()["error"]["message"] == "the server is shutting down"
+    answer = background.answer()
+    assert (answer.status_code, answer.json()["error"]["message"]) == (503, "the server is shutting down")
+
+
+def test_requests_that_outlast_the_drain_are_ended_with_503(run, capsys):
+    engine = loaded_engine()
+    background = Background(engine)
+    assert run(engine, background.start, drain_timeout=0.2) == 0
+    assert background.answer().status_code == 503
+    assert "[WARNING] 1 requests did not end within --drain-timeout 0.2 s" in house_lines(capsys)
 
 
 def test_a_connection_that_is_cut_cancels_its_request(run):

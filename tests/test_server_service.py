@@ -32,23 +32,54 @@ def test_health_answers_while_the_model_loads_and_ready_follows_the_workers():
             assert loading.json() == {
                 "ready": False,
                 "missing": {"dit": ["rank 0 is starting", "rank 1 is starting"], "non_dit": ["rank 2 is starting"]},
+                "down": ["denoise", "encode", "decode"],
             }
 
             engine.loaded.set()
             await settle()
             up = await client.get("/ready")
-            assert (up.status_code, up.json()) == (200, {"ready": True, "missing": {}})
+            assert (up.status_code, up.json()) == (200, {"ready": True, "missing": {}, "down": []})
 
             engine.down[1] = "killed by signal 9"
             lost = await client.get("/ready")
             assert lost.status_code == 503
             assert lost.json()["missing"] == {"dit": ["rank 1 is down (killed by signal 9)"]}
+            assert lost.json()["down"] == []  # the other replica serves
             assert (await client.get("/health")).status_code == 200
 
             del engine.down[1]
             assert (await client.get("/ready")).status_code == 200
 
     asyncio.run(main())
+
+
+def test_ready_says_which_roles_nobody_has():
+    async def main() -> list[list[str]]:
+        engine = FakeEngine()
+        async with running(engine) as client:
+            answers = []
+            for rank in (2, 0, 1):
+                engine.down[rank] = "killed"
+                answers.append((await client.get("/ready")).json()["down"])
+            return answers
+
+    assert asyncio.run(main()) == [["encode", "decode"], ["encode", "decode"], ["denoise", "encode", "decode"]]
+
+
+def test_the_topology_shows_every_rank_and_edge():
+    engine = FakeEngine()
+    engine.down[1] = "killed by signal 9"
+    page = get("/v1/topology", engine).json()
+    up, lost, non_dit = page["ranks"]
+    assert (up["rank"], up["role"], up["roles"], up["replica"]) == (0, "dit", ["denoise"], 0)
+    assert (up["state"], up["pid"], up["generation"], up["pending_sends"], up["kept_bytes"]) == ("up", 1000, 0, 1, 70)
+    assert (lost["state"], lost["pid"], lost["generation"]) == ("down", None, 2)
+    assert lost["reason"] == "killed by signal 9"
+    assert (non_dit["roles"], non_dit["replica"]) == (["encode", "decode"], None)
+    assert page["edges"] == [
+        {"source": 2, "target": 0, "up": True, "generation": 3, "used": 1, "window": 2, "nbytes": 500}
+    ]
+    assert page["requests"] == {"queued": 0, "running": 0, "done": 0, "failed": 0, "cancelled": 0}
 
 
 def test_ready_names_the_engine_where_every_worker_is_up_but_not_warm():
@@ -97,6 +128,7 @@ def test_the_openapi_page_describes_what_is_really_sent():
         "/v1/files/{file_id}",
         "/v1/models",
         "/v1/models/{model_id}",
+        "/v1/topology",
         "/health",
         "/ready",
     }

@@ -148,6 +148,22 @@ def test_a_denoise_fault_comes_half_way() -> None:
         adapter.step(session)
 
 
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_a_prompt_runs_a_stage_out_of_memory_the_first_time_only(stage: str) -> None:
+    card, adapter = _load()
+
+    def run() -> None:
+        request = _request(card, prompt=f"[oom {stage}]")
+        session = adapter.begin([request], adapter.encode([request]))
+        while adapter.step(session):
+            pass
+        adapter.decode([request], adapter.finish(session))
+
+    with pytest.raises(torch.OutOfMemoryError, match=f"{stage} runs out of memory"):
+        run()
+    run()
+
+
 def test_hang_lasts_until_somebody_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)

@@ -63,6 +63,18 @@ class StageAdapter(Protocol):
         """One scheduler step. True while steps remain."""
         ...
 
+    def capture(self, session: DenoiseSession) -> State:
+        """What the steps so far have made of the session, between two steps; its tensors are those of the session.
+
+        Raises:
+            CodecError: this denoise can't be written down, so that one that is interrupted has to start over.
+        """
+        ...
+
+    def restore(self, session: DenoiseSession, captured: State) -> None:
+        """Lead a session that has just begun, for the same request, to where ``capture`` was called on another."""
+        ...
+
     def finish(self, session: DenoiseSession) -> State:
         """The values that decode needs (latents first among them). Call once ``step`` returned False."""
         ...

@@ -17,6 +17,8 @@ from ditrelay.runtime.topology import Role
 _STAGE_OF_BLOCK: Mapping[str, Role] = {"denoise": "denoise", "decode": "decode"}
 _ROLES: tuple[Role, ...] = ("encode", "denoise", "decode")
 
+BeforeStep = Callable[[Any, int, Any], bool]
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -60,8 +62,11 @@ def crossing(upstream: list[Stage], downstream: list[Stage]) -> frozenset[str]:
     return frozenset(name for name, group in produced.items() if any(stage.takes(name, group) for stage in downstream))
 
 
-def with_step_hook(stage: Stage, before_step: Callable[[Any, Any], None]) -> Stage:
-    """The stage with ``before_step(block_state, t)`` called before each turn of its denoise loop."""
+def with_step_hook(stage: Stage, before_step: BeforeStep) -> Stage:
+    """The stage with ``before_step(block_state, i, t)`` called before each turn of its denoise loop.
+
+    A turn for which it returns False does nothing.
+    """
     hooked = {name: _hooked(leaf, before_step) for name, leaf in stage.blocks.sub_blocks.items()}
     return _stage(hooked)
 
@@ -79,15 +84,15 @@ def _stage(leaves: Mapping[str, Any]) -> Stage:
     )
 
 
-def _hooked(leaf: Any, before_step: Callable[[Any, Any], None]) -> Any:
+def _hooked(leaf: Any, before_step: BeforeStep) -> Any:
     if not isinstance(leaf, LoopSequentialPipelineBlocks):
         return leaf
     loop = copy.copy(leaf)  # the classes of diffusers hold some blocks as shared instances
     run_step = loop.loop_step
 
     def loop_step(components: Any, state: Any, **kwargs: Any) -> Any:
-        before_step(state, kwargs["t"])
-        return run_step(components, state, **kwargs)
+        wanted = before_step(state, kwargs["i"], kwargs["t"])
+        return run_step(components, state, **kwargs) if wanted else (components, state)
 
     loop.loop_step = loop_step
     loop.set_progress_bar_config(disable=True)

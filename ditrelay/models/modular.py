@@ -21,11 +21,12 @@ from ditrelay.models.blocks import Stage, crossing, split_stages, with_step_hook
 from ditrelay.models.components import ComponentStore
 from ditrelay.models.folder import ModelFolder
 from ditrelay.models.guidance import SplitGuidance
+from ditrelay.models.memory import StepMemory, put_back
 from ditrelay.models.pixels import open_image, to_frames
 from ditrelay.models.quirks import family_named
 from ditrelay.models.stepping import StepDriver, pause
 from ditrelay.models.values import only, pack, unpack
-from ditrelay.runtime.payloads import State
+from ditrelay.runtime.payloads import State, StateValue
 from ditrelay.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -38,10 +39,15 @@ _STAND_INS = ("vae", "transformer")  # the components that others read sizes off
 
 @dataclass
 class ModularSession:
-    """A denoise in progress: the state of the blocks, and the loop that works on it. Belongs to one thread."""
+    """A denoise in progress: the state of the blocks, and the loop that works on it. Belongs to one thread.
+
+    ``scheduler`` is its own; ``memory`` tells what the steps have changed.
+    """
 
     driver: StepDriver
     state: PipelineState | None
+    scheduler: Any
+    memory: StepMemory
 
     @property
     def total_steps(self) -> int:
@@ -81,13 +87,24 @@ class ModularAdapter:
         pipeline, blocks_state = self._prepare("denoise", only(requests).params, state)
         driver = StepDriver(lambda: self._execute("denoise", pipeline, blocks_state))
         driver.start()
-        return ModularSession(driver, blocks_state)
+        return ModularSession(driver, blocks_state, pipeline.scheduler, StepMemory(driver.scope, pipeline.scheduler))
 
     def step(self, session: DenoiseSession) -> bool:
         try:
             return _own(session).driver.step()
         finally:
             self._timestep.value = None
+
+    def capture(self, session: DenoiseSession) -> State:
+        session = _own(session)
+        done: State = {"steps_done": StateValue(session.steps_done)}
+        return done | session.memory.changes(session.driver.scope, session.scheduler)
+
+    def restore(self, session: DenoiseSession, captured: State) -> None:
+        session, steps = _own(session), captured["steps_done"].value
+        assert isinstance(steps, int)
+        session.driver.skip_to(steps)
+        put_back(captured, session.driver.scope, session.scheduler, self._device)
 
     def finish(self, session: DenoiseSession) -> State:
         session = _own(session)
@@ -98,7 +115,7 @@ class ModularAdapter:
     def abandon(self, session: DenoiseSession) -> None:
         session = _own(session)
         session.driver.close()
-        session.state = None
+        session.state = session.scheduler = None
 
     def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
         pipeline, blocks_state = self._prepare("decode", only(requests).params, state)
@@ -192,9 +209,11 @@ class ModularAdapter:
             inputs["image"] = open_image(params)
         return {**inputs, **self._family.inputs}
 
-    def _before_step(self, blocks_state: Any, timestep: torch.Tensor) -> None:
-        pause(len(blocks_state.timesteps))
-        self._timestep.value = timestep
+    def _before_step(self, blocks_state: Any, step: int, timestep: torch.Tensor) -> bool:
+        wanted = pause(len(blocks_state.timesteps), step, blocks_state)
+        if wanted:
+            self._timestep.value = timestep
+        return wanted
 
 
 class ExactTimestep:

@@ -19,11 +19,13 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from ditrelay.errors import ConfigError, InvalidRequest
 from ditrelay.models.lengths import SequenceLengths
+from ditrelay.models.ulysses import UlyssesAttention
 
 if TYPE_CHECKING:
     from ditrelay.models.load_spec import LoadSpec
 
 _attention_without_lse = attention_dispatch._native_attention_forward_op
+_ulysses_of_any_length = attention_dispatch.TemplatedUlyssesAnythingAttention
 _context_parallel_attention = attention_dispatch._templated_context_parallel_attention
 
 
@@ -166,11 +168,13 @@ def supports_context_parallel(backend: str) -> bool:
 
 @contextmanager
 def _sequences_watched(transformer: Any) -> Iterator[None]:
-    """What is made parallel inside splits sequences with our hook, and knows the parts of the other ranks from it."""
+    """What is made parallel inside splits sequences with our hook, from which all know the parts of the other ranks."""
     lengths = SequenceLengths()
     transformer.register_forward_pre_hook(lambda *_: lengths.begin())
+    parts_of = lengths.gather(_ask_all_ranks)
     for module in (attention_dispatch, context_parallel):
-        module.gather_size_by_comm = lengths.gather(_ask_all_ranks)
+        module.gather_size_by_comm = parts_of
+    attention_dispatch.TemplatedUlyssesAnythingAttention = UlyssesAttention(parts_of, _ulysses_of_any_length)
     theirs = context_parallel.ContextParallelSplitHook
     context_parallel.ContextParallelSplitHook = _watching_split(lengths)
     try:

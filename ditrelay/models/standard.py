@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 
+from ditrelay.errors import CodecError
 from ditrelay.models.components import ComponentStore
 from ditrelay.models.folder import ModelFolder
 from ditrelay.models.pixels import to_frames
@@ -100,6 +101,13 @@ class StandardAdapter:
 
     def step(self, session: DenoiseSession) -> bool:
         return _own(session).driver.step()
+
+    def capture(self, session: DenoiseSession) -> State:
+        """The loop keeps its place in local variables."""
+        raise CodecError(f"a denoise of {self._family.name} can't be continued by another process")
+
+    def restore(self, session: DenoiseSession, captured: State) -> None:
+        raise CodecError(f"a denoise of {self._family.name} can't be continued by another process")
 
     def finish(self, session: DenoiseSession) -> State:
         session = _own(session)

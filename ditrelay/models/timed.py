@@ -31,7 +31,7 @@ from ditrelay.runtime.request import Request, SamplingParams
 if TYPE_CHECKING:
     from ditrelay.models.adapter import DenoiseSession, Frames
 
-_FAULT = re.compile(r"\[(fail|hang|exit|invalid) (encode|denoise|decode)\]")
+_FAULT = re.compile(r"\[(fail|hang|exit|invalid|oom) (encode|denoise|decode)\]")
 _HANG_SECONDS = 3600.0
 _EXIT_CODE = 9
 _TICKS = 20_000_000  # some 10 ms
@@ -55,8 +55,9 @@ class TimedAdapter:
     """``StageAdapter`` of ``builtin:timed``. On a CPU encode and decode hold one lock, as if they shared a device.
 
     A prompt with ``[fail STAGE]``, ``[hang STAGE]``, ``[exit STAGE]`` or ``[invalid STAGE]`` makes that stage raise
-    ``RuntimeError``, sleep an hour, end the process with code 9, or raise ``InvalidRequest``. In the denoise that
-    happens half way through the steps.
+    ``RuntimeError``, sleep an hour, end the process with code 9, or raise ``InvalidRequest``; ``[oom STAGE]`` raises
+    ``torch.OutOfMemoryError`` the first time that an adapter sees that prompt there. In the denoise that happens half
+    way through the steps.
     """
 
     conditioning_names = frozenset({"conditioning", "masks", "prompt_chars"})
@@ -68,11 +69,12 @@ class TimedAdapter:
         self._device = torch.device(device)
         self._world_size = world_size
         self._lock = threading.Lock()
+        self._ran_out: set[tuple[str, str]] = set()
         self._spinner = _Spinner(self._device) if self._device.type == "cuda" else None
 
     def encode(self, requests: Sequence[Request]) -> State:
         params = only(requests).params
-        _fault("encode", params)
+        self._fault("encode", params)
         with self._encoding():
             digest = zlib.crc32(params.prompt.encode(), _seed(params) & 0xFFFFFFFF)
             return {
@@ -103,7 +105,7 @@ class TimedAdapter:
         spent, session.spent = session.spent, 0.0
         with _Lasting(self._options.denoise / self._options.steps - spent):
             if session.steps_done == session.total_steps // 2:
-                _fault("denoise", session.params)
+                self._fault("denoise", session.params)
             if self._world_size > 1:
                 dist.all_reduce(torch.ones(1, device=self._device))
             session.steps_done += 1
@@ -111,6 +113,15 @@ class TimedAdapter:
             if session.steps_done == session.total_steps:
                 session.latents = self._pattern(session.digest, self._options.latents_mb)
         return session.steps_done < session.total_steps
+
+    def capture(self, session: DenoiseSession) -> State:
+        session = _own(session)
+        return {"steps_done": StateValue(session.steps_done), "digest": StateValue(session.digest)}
+
+    def restore(self, session: DenoiseSession, captured: State) -> None:
+        session, steps, digest = _own(session), captured["steps_done"].value, captured["digest"].value
+        assert isinstance(steps, int) and isinstance(digest, int)
+        session.steps_done, session.digest = steps, digest
 
     def finish(self, session: DenoiseSession) -> State:
         return {"latents": StateValue(_own(session).latents)}
@@ -120,10 +131,31 @@ class TimedAdapter:
 
     def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
         params = only(requests).params
-        _fault("decode", params)
+        self._fault("decode", params)
         with self._lock, _Lasting(self._options.decode):
             noise = np.random.default_rng(_digest(state))
             return [noise.integers(0, 256, (1, params.height or 64, params.width or 64, 3), dtype=np.uint8)]
+
+    def _fault(self, stage: str, params: SamplingParams) -> None:
+        for kind, where in _FAULT.findall(params.prompt):
+            if where != stage:
+                continue
+            match kind:
+                case "fail":
+                    raise RuntimeError(f"{stage} fails because the prompt asks for it")
+                case "hang":
+                    time.sleep(_HANG_SECONDS)
+                case "exit":
+                    os._exit(_EXIT_CODE)
+                case "oom":
+                    self._run_out(stage, params.prompt)
+                case _:
+                    raise InvalidRequest("prompt", f"{stage} refuses it because the prompt asks for it")
+
+    def _run_out(self, stage: str, prompt: str) -> None:
+        if (stage, prompt) not in self._ran_out:
+            self._ran_out.add((stage, prompt))
+            raise torch.OutOfMemoryError(f"{stage} runs out of memory because the prompt asks for it")
 
     def _pattern(self, digest: int, megabytes: float) -> torch.Tensor:
         """int32 tensor [n]: cheap to make, different for each digest, no two elements alike."""
@@ -190,18 +222,3 @@ def _digest(state: State) -> int:
         if not tensors:
             digest = zlib.crc32(repr(content).encode(), digest)
     return digest
-
-
-def _fault(stage: str, params: SamplingParams) -> None:
-    for kind, where in _FAULT.findall(params.prompt):
-        if where != stage:
-            continue
-        match kind:
-            case "fail":
-                raise RuntimeError(f"{stage} fails because the prompt asks for it")
-            case "hang":
-                time.sleep(_HANG_SECONDS)
-            case "exit":
-                os._exit(_EXIT_CODE)
-            case _:
-                raise InvalidRequest("prompt", f"{stage} refuses it because the prompt asks for it")

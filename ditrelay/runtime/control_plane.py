@@ -2,24 +2,29 @@
 
 Each worker process has a command socket of its own (so nothing meant for a dead process reaches its successor), and all
 workers push events to one socket of the head. Every event carries the incarnation of the process that sent it. The
-sockets are files in a directory that only the user may enter.
+sockets are files in a directory that only the user may enter, and every message carries the token of its launch: what a
+stranger's process sends is thrown away unread.
 """
 
 from __future__ import annotations
 
+import hmac
 import logging
 import struct
-import tempfile
 import threading
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import msgspec
 import zmq
 
 from ditrelay.runtime.messages import Command, LogLine, WorkerEvent
 
+logger = logging.getLogger(__name__)
+
 RECONNECT_MS = 20
+MAX_MESSAGE_BYTES = 1 << 30  # a finished clip; ZeroMQ allocates what a peer announces
+# What msgspec raises for bytes that are no message of ours.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ENVELOPE = struct.Struct("<II")
 
 
@@ -39,15 +44,21 @@ def replica_address(run_dir: str, rank: int, incarnation: int) -> str:
 class HeadSockets:
     """The head's ends. Used by one thread only.
 
+    Args:
+        run_dir: where the sockets are.
+        token: of this launch.
+
     Attributes:
         events: the socket to poll for events.
     """
 
-    def __init__(self, run_dir: str) -> None:
+    def __init__(self, run_dir: str, token: str) -> None:
         self._run_dir = run_dir
+        self._token = token.encode()
         self._context = zmq.Context()
         self.events = self._context.socket(zmq.PULL)
         self.events.set_hwm(0)
+        self.events.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.events.bind(events_address(run_dir))
         self._commands: dict[int, zmq.Socket[bytes]] = {}
         self._encoder = msgspec.msgpack.Encoder()
@@ -71,17 +82,25 @@ class HeadSockets:
     def send(self, command: Command) -> None:
         """Queue a command; one to a process that is gone vanishes (its end is an event of its own)."""
         if socket := self._commands.get(command.rank):
-            socket.send(self._encoder.encode(command), zmq.NOBLOCK)
+            socket.send_multipart((self._token, self._encoder.encode(command)), zmq.NOBLOCK)
 
     def receive_all(self) -> Iterator[tuple[int, int, WorkerEvent]]:
         """What has arrived, without waiting: (rank, incarnation, event)."""
         while True:
             try:
-                envelope, body = self.events.recv_multipart(zmq.NOBLOCK)
+                frames = self.events.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            rank, incarnation = _ENVELOPE.unpack(envelope)
-            yield rank, incarnation, self._decoder.decode(body)
+            body = opened(frames, self._token, _ENVELOPE.size)
+            if body is None:
+                continue
+            rank, incarnation = _ENVELOPE.unpack(frames[0][len(self._token) :])
+            try:
+                event = self._decoder.decode(body)
+            except UNREADABLE as error:
+                logger.error("an event of rank %d can not be read: %s", rank, error)
+            else:
+                yield rank, incarnation, event
 
     def flush_and_close(self, linger: float) -> None:
         """Let queued commands go out for at most ``linger`` seconds, then close everything."""
@@ -94,16 +113,18 @@ class HeadSockets:
 class WorkerSockets:
     """A worker's ends: ``commands`` belongs to the control thread, ``emit`` may be called by any thread."""
 
-    def __init__(self, run_dir: str, rank: int, incarnation: int) -> None:
+    def __init__(self, run_dir: str, rank: int, incarnation: int, token: str) -> None:
+        self._token = token.encode()
         self._context = zmq.Context()
         self.commands = self._context.socket(zmq.PULL)
         self.commands.set_hwm(0)
+        self.commands.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self.commands.bind(commands_address(run_dir, rank, incarnation))
         self._events = self._context.socket(zmq.PUSH)
         self._events.set_hwm(0)
         self._events.connect(events_address(run_dir))
         self._lock = threading.Lock()
-        self._envelope = _ENVELOPE.pack(rank, incarnation)
+        self._envelope = self._token + _ENVELOPE.pack(rank, incarnation)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
 
@@ -117,9 +138,17 @@ class WorkerSockets:
     def receive_all(self) -> Iterator[Command]:
         while True:
             try:
-                yield self._decoder.decode(self.commands.recv(zmq.NOBLOCK))
+                frames = self.commands.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if (body := opened(frames, self._token)) is None:
+                continue
+            try:
+                command = self._decoder.decode(body)
+            except UNREADABLE as error:
+                logger.error("a command can not be read: %s", error)
+            else:
+                yield command
 
     def close(self, linger: float) -> None:
         """Let queued events go out for at most ``linger`` seconds, then close."""
@@ -142,6 +171,10 @@ class HeadLogHandler(logging.Handler):
         self._sockets.emit(LogLine(self._rank, record.name, record.levelno, self.format(record)))
 
 
-def make_run_dir() -> Path:
-    """A directory for the sockets that only this user may enter."""
-    return Path(tempfile.mkdtemp(prefix="ditrelay-"))  # mkdtemp makes it with mode 0700
+def opened(frames: Sequence[bytes], token: bytes, extra: int = 0) -> bytes | None:
+    """The body of a message of this launch: two frames, the first one the token and ``extra`` bytes. Else ``None``."""
+    if len(frames) == 2 and len(frames[0]) == len(token) + extra:
+        if hmac.compare_digest(frames[0][: len(token)], token):
+            return frames[1]
+    logger.warning("a message that is not of this launch was thrown away (%d bytes)", sum(map(len, frames)))
+    return None

@@ -6,12 +6,12 @@ What is decided is decided in scheduler.py; what is recorded for people is recor
 
 from __future__ import annotations
 
-import heapq
+import itertools
 import logging
 import os
 import queue
+import secrets
 import select
-import shutil
 import threading
 import time
 from concurrent.futures import Future
@@ -22,11 +22,13 @@ import zmq
 from ditrelay.errors import StartupError
 from ditrelay.models.card import ModelCard
 from ditrelay.runtime.communication.store import StoreServer
-from ditrelay.runtime.control_plane import HeadSockets, make_run_dir
+from ditrelay.runtime.control_plane import HeadSockets
+from ditrelay.runtime.edge_faults import EdgeFaults
 from ditrelay.runtime.launcher import Launcher, ProcessHandle
 from ditrelay.runtime.messages import (
     Action,
     CancelRequest,
+    EdgeFailed,
     Finish,
     Heartbeat,
     Kill,
@@ -42,18 +44,27 @@ from ditrelay.runtime.messages import (
     WorkerFailed,
 )
 from ditrelay.runtime.request_log import RequestLog
+from ditrelay.runtime.run_dir import RunDir
 from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig
 from ditrelay.runtime.server_args import ServerArgs
-from ditrelay.runtime.status import EngineStatus, WorkerStatus
+from ditrelay.runtime.spool import Spool
+from ditrelay.runtime.status import ROLES, EngineStatus, WorkerStatus, lost_roles
 from ditrelay.runtime.topology import Topology, role_name
 from ditrelay.runtime.worker_spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
-HEARTBEAT_TIMEOUT = 30.0  # seconds without a heartbeat after which a worker counts as hung
+# Seconds without a heartbeat after which a worker is stopped or hangs: this share of --dist-timeout (so that it is
+# found before what is sent to it is late), but within these.
+HEARTBEAT_SHARE = 0.8
+HEARTBEAT_TIMEOUT = 30.0
+LEAST_HEARTBEAT_TIMEOUT = 3.0
+SILENT_SECONDS = 2.5  # two heartbeats are missing
+FIRST_HEARTBEAT_TIMEOUT = 120.0  # a spawned process imports torch before it beats
 LAST_WORDS_SECONDS = 0.05  # what a process sent before it ended may arrive a moment after its end is seen
 SHUTDOWN_SECONDS = 3.0
+COMPILE_SECONDS = 120.0  # a prompt of another length may compile anew, whenever it comes: that is no hang
 
 
 @dataclass
@@ -93,14 +104,17 @@ class Controller:
         self._device_type = device_type
         self._log = log
         self._scheduler = Scheduler(topology, scheduler_config(args), on_state=log.state_changed)
-        self._run_dir = make_run_dir()
+        self._run_dir = RunDir()
+        self._spool = Spool(str(self._run_dir.path)).make()
+        self._token = secrets.token_hex(16)
         self._store = StoreServer("127.0.0.1")
-        self._sockets = HeadSockets(str(self._run_dir))
+        self._sockets = HeadSockets(str(self._run_dir.path), self._token)
         self._processes: dict[int, _Process] = {}
+        self._edge_faults = EdgeFaults(self._is_well)
         self._incarnations: dict[int, int] = {}
         self._down_reasons: dict[int, str] = {}
         self._inbox: queue.SimpleQueue[SchedulerEvent] = queue.SimpleQueue()
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines: dict[str, float] = {}  # of the live requests, first the one that is due first
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._sockets.events, zmq.POLLIN)
@@ -146,6 +160,8 @@ class Controller:
                 self._take_worker_events()
                 self._bury_the_dead(time.monotonic())
                 self._take_inbox()
+                for fault in self._edge_faults.due(time.monotonic()):
+                    self._feed(fault)
                 if time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + TICK_SECONDS
                     self._tick()
@@ -160,7 +176,7 @@ class Controller:
 
     def _wait(self, until: float) -> None:
         """Sleep until something happens or ``until`` is reached; notes which processes ended."""
-        dying = any(process.ended_at for process in self._processes.values())
+        dying = self._edge_faults or any(process.ended_at for process in self._processes.values())
         timeout = min(max(0.0, until - time.monotonic()), LAST_WORDS_SECONDS if dying else TICK_SECONDS)
         ready = dict(self._poller.poll(round(timeout * 1000)))
         if ready.pop(self._wake, None):
@@ -175,8 +191,7 @@ class Controller:
         while not self._inbox.empty():
             event = self._inbox.get()
             if isinstance(event, Submit):
-                deadline = time.monotonic() + self.args.request_timeout
-                heapq.heappush(self._deadlines, (deadline, event.request.request_id))
+                self._deadlines[event.request.request_id] = time.monotonic() + self.args.request_timeout
             self._feed(event)
 
     def _take_worker_events(self) -> None:
@@ -196,9 +211,16 @@ class Controller:
                 logging.getLogger(name).log(level, "%s", text)
             case WorkerFailed(reason=reason):
                 process.failure = reason
+            case EdgeFailed():
+                self._edge_faults.hold(event, process.last_beat)
             case _:
                 self._log.observe(event)
                 self._feed(event)
+
+    def _is_well(self, rank: int) -> bool:
+        """Whether its process lives and beats, as far as can be told now; its end is reported a moment later."""
+        process = self._processes.get(rank)
+        return process is not None and not process.ended_at and time.monotonic() - process.last_beat < SILENT_SECONDS
 
     def _feed(self, event: SchedulerEvent) -> None:
         self._perform(self._scheduler.on_event(event, time.monotonic()))
@@ -208,17 +230,24 @@ class Controller:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request_id = heapq.heappop(self._deadlines)[1]
+        late = list(itertools.takewhile(lambda request_id: self._deadlines[request_id] <= now, self._deadlines))
+        for request_id in late:
             reason = f"not done within --request-timeout {self.args.request_timeout:g} s"
             self._feed(CancelRequest(request_id, reason))
-        for process in self._processes.values():
-            if now - process.last_beat > HEARTBEAT_TIMEOUT:
-                process.failure = f"no heartbeat for {HEARTBEAT_TIMEOUT:g} s"
-                process.handle.kill()  # its end is noticed like any other
-                process.last_beat = now
+        self._kill_the_silent(now)
+        self._launcher.tend()
         self._feed(Tick())
         self.status = self._make_status()
+
+    def _kill_the_silent(self, now: float) -> None:
+        """A worker's main thread beats, so one that is stopped, or whose main thread hangs, is silent."""
+        usual = max(LEAST_HEARTBEAT_TIMEOUT, min(HEARTBEAT_TIMEOUT, HEARTBEAT_SHARE * self.args.dist_timeout))
+        for process in self._processes.values():
+            limit = usual if process.heartbeat else FIRST_HEARTBEAT_TIMEOUT
+            if now - process.last_beat > limit:
+                process.failure = f"no heartbeat for {limit:g} s: it is stopped or its main thread hangs"
+                process.handle.kill()  # its end is noticed like any other
+                process.last_beat = now
 
     # ------------------------------------------------------------ actions
 
@@ -237,8 +266,11 @@ class Controller:
         for action in actions:
             match action:
                 case Finish():
+                    self._spool.discard(action.request_id)
+                    self._deadlines.pop(action.request_id, None)
                     self._log.finish(action.request_id, action.outcome, action.reason, action.invalid_param)
                 case Reject():
+                    self._deadlines.pop(action.request_id, None)
                     self._log.reject(action.request_id, action.limit)
 
     def _spawn(self, rank: int) -> None:
@@ -260,10 +292,11 @@ class Controller:
             card=self._card,
             topology=self.topology,
             device_type=self._device_type,
-            run_dir=str(self._run_dir),
+            run_dir=str(self._run_dir.path),
             store_host=self._store.host,
             store_port=self._store.port,
             head_pid=os.getpid(),
+            token=self._token,
         )
 
     def _forget(self, rank: int, reason: str) -> None:
@@ -282,8 +315,9 @@ class Controller:
 
     def _bury(self, rank: int, process: _Process) -> None:
         del self._processes[rank]
+        reason = process.failure or f"its process ended without a word ({process.handle.ending()})"
         self._let_go(rank, process)
-        self._lose(rank, process.failure or "its process ended without a word")
+        self._lose(rank, reason)
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: before the fleet is up the start has failed, later the scheduler copes."""
@@ -309,20 +343,26 @@ class Controller:
     # ------------------------------------------------------------ status and end
 
     def _make_status(self) -> EngineStatus:
-        counts = self._log.counts()
+        snapshot = self._scheduler.snapshot()
+        failed = {rank for unit in snapshot.units if unit.state == "failed" for rank in unit.unit.members}
         return EngineStatus(
             ready=self._scheduler.ready,
-            workers=tuple(self._worker_status(rank) for rank in range(self.topology.world_size)),
-            **counts,
+            workers=tuple(self._worker_status(rank, rank in failed) for rank in range(self.topology.world_size)),
+            edges=snapshot.edges,
+            lost_roles=lost_roles(snapshot.units),
+            **self._log.counts(),
         )
 
-    def _worker_status(self, rank: int) -> WorkerStatus:
+    def _worker_status(self, rank: int, failed: bool) -> WorkerStatus:
         process = self._processes.get(rank)
+        unit, roles = self.topology.unit_of(rank), self.topology.roles_of(rank)
         state = self._scheduler.worker_state(rank) if rank in self._incarnations else "starting"
         return WorkerStatus(
             rank=rank,
-            role=role_name(self.topology.roles_of(rank)),
-            state=state,
+            role=role_name(roles),
+            roles=tuple(role for role in ROLES if role in roles),
+            replica=self.topology.replicas.index(unit.leader) if "denoise" in roles else None,
+            state="failed" if failed else state,
             pid=process.handle.pid if process else None,
             restarts=self._incarnations.get(rank, 0),
             reason=self._down_reasons.get(rank, "") if state == "down" else "",
@@ -340,7 +380,7 @@ class Controller:
             process.handle.close()
         self._processes.clear()
         self._sockets.flush_and_close(0.0)
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        self._run_dir.close()
         with self._wake_lock:
             self._ended = True
             os.close(self._wake)
@@ -354,6 +394,7 @@ def scheduler_config(args: ServerArgs) -> SchedulerConfig:
         lock_step=not args.use_async_comm,
         transfer_timeout=args.dist_timeout,
         stage_timeout=args.stage_timeout,
+        hang_timeout=max(args.dist_timeout, COMPILE_SECONDS) if args.enable_torch_compile else args.dist_timeout,
         startup_timeout=args.startup_timeout,
         max_attempts=args.max_attempts,
     )

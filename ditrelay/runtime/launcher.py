@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -10,10 +11,15 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Protocol
 
 from ditrelay.runtime.worker_spec import WorkerSpec
 
+logger = logging.getLogger(__name__)
+
+_STATUS_SECONDS = 0.2
 _START_LOCK = threading.Lock()
 _ENVIRONMENT = {
     # With two busy ranks on two cores, two threads each made a half-second generation take twelve.
@@ -33,13 +39,23 @@ class ProcessHandle(Protocol):
 
     def kill(self) -> None: ...
 
+    def ending(self) -> str:
+        """How the process ended, in a few words, and what that hints at."""
+        ...
+
     def close(self) -> None: ...
 
 
 class Launcher(Protocol):
     """Starts workers; other launchers (other hosts) fit behind this."""
 
-    def start(self, spec: WorkerSpec) -> ProcessHandle: ...
+    def start(self, spec: WorkerSpec) -> ProcessHandle:
+        """Raises ``OSError`` where the process can not be started."""
+        ...
+
+    def tend(self) -> None:
+        """Look after what it starts workers with. Called every now and then; does not wait."""
+        ...
 
 
 class LocalProcess:
@@ -50,9 +66,11 @@ class LocalProcess:
     forkserver dies.
     """
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self._fd = os.pidfd_open(pid)
+    def __init__(self, process: BaseProcess) -> None:
+        assert process.pid is not None, "it was started"
+        self.pid = process.pid
+        self._process = process
+        self._fd = os.pidfd_open(self.pid)
 
     def fileno(self) -> int:
         return self._fd
@@ -60,6 +78,17 @@ class LocalProcess:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def ending(self) -> str:
+        self._process.join(_STATUS_SECONDS)  # a forkserver sends it a moment after the end
+        code = self._process.exitcode
+        if code is None:
+            return "how it ended is not known"
+        if code == -signal.SIGKILL:
+            return "killed by SIGKILL; where nobody did, the host had no memory left"
+        if code < 0:
+            return f"ended by signal {signal.strsignal(-code) or -code}; its stack is on stderr"
+        return f"exit code {code}; what it said last is on stderr"
 
     def close(self) -> None:
         os.close(self._fd)
@@ -83,13 +112,43 @@ class LocalLauncher:
         else:
             self._context = multiprocessing.get_context("spawn")
         self._environment = {"TOKENIZERS_PARALLELISM": "false", **_ENVIRONMENT[device_type]}
+        self._uses_forkserver = device_type == "cpu"
+        self._forkserver: int | None = None  # its pid, once it has started a worker
 
     def start(self, spec: WorkerSpec) -> ProcessHandle:
         process = self._context.Process(target=_run, args=(spec,), name=f"ditrelay-{spec.rank}", daemon=True)
-        with _START_LOCK, _environment(self._environment), _no_main_module():
-            process.start()
-        assert process.pid is not None
-        return LocalProcess(process.pid)
+        try:
+            with _START_LOCK, _environment(self._environment), _no_main_module():
+                process.start()
+        except EOFError as error:
+            raise OSError("the forkserver died while it started the process") from error
+        handle = LocalProcess(process)
+        if self._uses_forkserver and self._forkserver is None:
+            with contextlib.suppress(OSError):  # the worker is gone already
+                self._forkserver = int(_stat(handle.pid)[1])
+        return handle
+
+    def tend(self) -> None:
+        """Replace a dead forkserver at once: it imports for seconds, and a worker that needs it then would wait."""
+        if self._forkserver is not None and _is_dead(self._forkserver):
+            logger.warning("the forkserver died; no worker needs it to live, a new one is started")
+            self._forkserver = None
+            with _START_LOCK, _environment(_ENVIRONMENT["cpu"]):
+                forkserver.ensure_running()
+
+
+def _is_dead(child: int) -> bool:
+    """Whether a child of this process has ended, waited for (by another launcher of this process) or not."""
+    try:
+        return _stat(child)[0] == "Z"
+    except OSError:
+        return True
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent's pid, ... of a process. Raises ``OSError`` for one that is gone."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return stat.rpartition(")")[2].split()  # its name, in brackets before, may hold anything
 
 
 def _run(spec: WorkerSpec) -> None:

@@ -248,7 +248,10 @@ class Received(_Message, frozen=True, tag=True):
 
 
 class StageFailed(_Message, frozen=True, tag=True):
-    """A stage raised. The worker goes on; it has freed the request's tensors."""
+    """A stage raised. The worker goes on; it has freed the request's tensors.
+
+    ``out_of_memory``: the device had none left, which may be different with fewer requests on it.
+    """
 
     rank: int
     request_id: str
@@ -256,6 +259,7 @@ class StageFailed(_Message, frozen=True, tag=True):
     reason: str
     at: float
     invalid_param: str | None = None
+    out_of_memory: bool = False
 
 
 class TransferRejected(_Message, frozen=True, tag=True):

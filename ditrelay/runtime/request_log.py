@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from itertools import islice
+from operator import itemgetter
 from typing import Literal
 
 from ditrelay.errors import EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
@@ -29,7 +29,8 @@ from ditrelay.runtime.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-KEPT_SPANS = 100_000  # of some ten thousand requests, in some tens of MB
+KEPT_REQUESTS = 2000  # whose spans are kept, in a few MB: what a head holds does not grow with the time that it runs
+RATE_SAMPLE = 20  # finished requests that the service rate is taken from
 
 
 @dataclass
@@ -41,6 +42,26 @@ class _Entry:
     media: Decoded | None = None
     steps: list[float] = field(default_factory=list)
     overtook: list[Sent | Received] = field(default_factory=list)  # came before the end of the encode was reported
+
+
+class KeptSpans:
+    """The spans of the newest requests, ``limit`` of them; the oldest request goes with all of its spans."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count = 0
+        self._of: dict[str, list[tuple[int, Span]]] = {}
+
+    def add(self, span: Span) -> None:
+        self._of.setdefault(span.request_id, []).append((self._count, span))
+        self._count += 1
+        if len(self._of) > self._limit:
+            del self._of[next(iter(self._of))]
+
+    def all(self) -> list[Span]:
+        """In the order in which they were added."""
+        numbered = [each for spans in self._of.values() for each in spans]
+        return [span for _, span in sorted(numbered, key=itemgetter(0))]
 
 
 class RequestLog:
@@ -56,7 +77,8 @@ class RequestLog:
         self._lock = threading.Lock()
         self._closed: str | None = None
         self._ended: Counter[str] = Counter()
-        self._spans: deque[Span] = deque(maxlen=KEPT_SPANS)
+        self._spans = KeptSpans(KEPT_REQUESTS)
+        self._decode_ends: deque[float] = deque(maxlen=RATE_SAMPLE)
         self._free_since: dict[int, float] = {}
         self._queued = 0
 
@@ -78,9 +100,9 @@ class RequestLog:
         ticket.report(Progress(request.request_id, RequestState.QUEUED, at=now))
 
     def spans(self) -> list[Span]:
-        """The newest spans of work, oldest first."""
+        """The spans of the newest ``KEPT_REQUESTS`` requests, in the order in which they were reported."""
         with self._lock:
-            return list(self._spans)
+            return self._spans.all()
 
     def counts(self) -> dict[str, int]:
         with self._lock:
@@ -115,6 +137,8 @@ class RequestLog:
                 self._span(request_id, rank, "denoise", began, at)
             case Decoded(request_id=request_id, rank=rank, began=began, at=at):
                 self._span(request_id, rank, "decode", began, at)
+                with self._lock:
+                    self._decode_ends.append(at)
                 if entry := self._entries.get(request_id):
                     entry.media = event
             case Sent() | Received():
@@ -186,7 +210,7 @@ class RequestLog:
 
     def _keep(self, span: Span) -> None:
         with self._lock:
-            self._spans.append(span)
+            self._spans.add(span)
 
     def _transferred(self, event: Sent | Received) -> None:
         entry = self._entries.get(event.request_id)
@@ -223,12 +247,10 @@ class RequestLog:
 
         Call with the lock held.
         """
-        newest_first = (span.ended for span in reversed(self._spans) if span.kind == "decode")
-        ends = list(islice(newest_first, 20))
-        waiting = len(self._entries)
-        if len(ends) < 2 or ends[0] <= ends[-1]:
+        ends, waiting = self._decode_ends, len(self._entries)
+        if len(ends) < 2 or ends[-1] <= ends[0]:
             return 1
-        rate = (len(ends) - 1) / (ends[0] - ends[-1])
+        rate = (len(ends) - 1) / (ends[-1] - ends[0])
         return max(1, min(60, round(waiting / 10 / rate)))
 
 

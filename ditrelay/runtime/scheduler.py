@@ -180,7 +180,7 @@ class Scheduler:
         return SchedulerSnapshot(
             units=units,
             edges=tuple(_edge_snapshot(edge) for edge in ledger.edges.values()),
-            queued=len(ledger.queue),
+            queued=states[RequestState.QUEUED],
             states={state: count for state, count in states.items() if not state.ended},
             zombies=sum(count for state, count in states.items() if state.ended),
             kept_bytes=sum(unit.kept_bytes for unit in units),

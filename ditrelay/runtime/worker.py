@@ -32,6 +32,7 @@ from ditrelay.runtime.communication.store import connect_store, replica_prefix
 from ditrelay.runtime.communication.transport import Transport
 from ditrelay.runtime.control_plane import HeadLogHandler, WorkerSockets, replica_address
 from ditrelay.runtime.messages import Heartbeat, Shutdown, WorkerFailed, WorkerUp
+from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
 from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
@@ -39,6 +40,7 @@ from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.replica import LedAdapter, follow
 from ditrelay.runtime.pipelines_core.stages import build_pipeline
 from ditrelay.runtime.run_dir import remove
+from ditrelay.runtime.spool import Spool
 from ditrelay.runtime.topology import Edge, Role, Unit
 from ditrelay.runtime.worker_spec import WorkerSpec
 
@@ -165,8 +167,13 @@ class Worker:
             priority=_priority(self.roles),
             emit=self._sockets.emit,
             announce=early and spec.args.use_async_comm,
+            checkpoints=self._checkpoints(),
             on_broken=self.fail,
         )
+
+    def _checkpoints(self) -> Checkpoints | None:
+        steps = self.spec.args.checkpoint_steps
+        return Checkpoints(Spool(self.spec.run_dir), steps) if steps and "denoise" in self.roles else None
 
     def _communicator(self) -> DisaggCommunicator:
         spec, timeout = self.spec, self.spec.args.dist_timeout
@@ -242,7 +249,8 @@ class Worker:
         executor, loop = self._executor, self._loop
         if loop:
             loop.reap()
-        cuda = self.device.type == "cuda" and loop is not None
+        # Not only where there is a loop, which the peers of a leader lack.
+        cuda = self.device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return Heartbeat(
             self.rank,
             at,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ditrelay.models.card import ModelCard
 from ditrelay.runtime.server_args import ServerArgs
@@ -18,6 +18,7 @@ class WorkerSpec:
     run_dir: where the control plane's sockets are.
     store_host, store_port: the head's TCPStore.
     head_pid: the worker ends when this process does.
+    token: of this launch; messages and meeting points without it are a stranger's.
     """
 
     rank: int
@@ -30,3 +31,4 @@ class WorkerSpec:
     store_host: str
     store_port: int
     head_pid: int
+    token: str = field(repr=False)

@@ -20,7 +20,7 @@ from ditrelay.errors import ConfigError, DitrelayError
 from ditrelay.runtime import logs
 from ditrelay.server import images, problem, service
 from ditrelay.server.context import Context
-from ditrelay.server.middleware import AccessLog, BodyLimit
+from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit
 
 if TYPE_CHECKING:
     from ditrelay.engine import AsyncEngine
@@ -49,7 +49,7 @@ def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException]
         version=__version__,
         description="Pictures from diffusion transformers, by OpenAI's image API.",
         lifespan=_lifespan(context, on_failed_start),
-        middleware=[Middleware(AccessLog), Middleware(BodyLimit)],
+        middleware=_middleware(context),
         redirect_slashes=False,
         redoc_url=None,
     )
@@ -58,6 +58,18 @@ def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException]
     app.include_router(images.router)
     app.include_router(service.router)
     return app
+
+
+def _middleware(context: Context) -> list[Middleware]:
+    args = context.engine.args
+    key = args.client_key()
+    limit = Middleware(
+        BodyLimit,
+        max_bytes=args.max_request_bytes,
+        max_total=args.max_total_bytes,
+        retry_after=lambda: context.engine.status().retry_after,
+    )
+    return [Middleware(AccessLog), *([Middleware(ApiKey, key=key)] if key else []), limit]
 
 
 def _lifespan(
@@ -131,7 +143,7 @@ async def _serve(args: ServerArgs, listener: socket.socket) -> int:
     server = EngineServer(AsyncEngine(args))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.stop)
+        loop.add_signal_handler(number, server.on_signal)
     host, port = listener.getsockname()[:2]
     logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     await server.serve(sockets=[listener])
@@ -161,10 +173,30 @@ class EngineServer(uvicorn.Server):
         super().__init__(config)
         self.failure: BaseException | None = None
         self._context: Context = app.state.context
+        self._drain_timeout = engine.args.drain_timeout
+        self._draining: asyncio.Task[None] | None = None
+
+    def on_signal(self) -> None:
+        """The first time, end ``serve`` once the requests that run are answered; the second time, at once."""
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+        else:
+            self.stop()
 
     def stop(self) -> None:
         """End ``serve`` soon; requests that run are answered with 503."""
         self.should_exit = True
+
+    async def _drain(self) -> None:
+        limit = self._drain_timeout
+        if running := self._context.running:
+            logger.info("Shutting down after %d running requests; a second signal ends them at once", running)
+        try:
+            async with asyncio.timeout(limit):
+                await self._context.drain()
+        except TimeoutError:
+            logger.warning("%d requests did not end within --drain-timeout %g s", self._context.running, limit)
+        self.stop()
 
     def _fail(self, error: BaseException) -> None:
         self.failure = error

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
 from ditrelay.server.files import FileStore
-from ditrelay.server.problem import model_not_found, not_ready, shutting_down
-from ditrelay.server.schemas import Readiness
+from ditrelay.server.problem import model_not_found, not_ready, role_lost, shutting_down
+from ditrelay.server.schemas import EdgeState, RankState, Readiness, RequestCounts, TopologyState
 
 if TYPE_CHECKING:
     from ditrelay.engine import AsyncEngine
+    from ditrelay.runtime.status import EngineStatus, WorkerStatus
 
 
 @dataclass
@@ -24,15 +28,20 @@ class Context:
         engine: does the work.
         files: pictures to be fetched by address.
         started: the engine's start is complete. Stays true while a lost worker is replaced: requests wait then.
-        closing: the end has begun.
+        draining: the end has begun: no request is taken any more.
+        closing: nor is any that runs brought to its end.
+        running: requests for pictures that were taken and are not answered yet.
         created: Unix time in seconds at which this application was made.
     """
 
     engine: AsyncEngine
     files: FileStore = field(default_factory=FileStore)
     started: bool = False
+    draining: bool = False
     closing: bool = False
+    running: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def model_name(self) -> str:
@@ -40,33 +49,107 @@ class Context:
 
     async def close(self) -> None:
         """Close the engine; its requests that run end now."""
-        self.closing = True
+        self.draining = self.closing = True
         await self.engine.close()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Around the work for one request that was taken."""
+        self.running += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.running -= 1
+            if not self.running:
+                self._idle.set()
+
+    async def drain(self) -> None:
+        """Take no more requests; returns once those that run are answered."""
+        self.draining = True
+        if self.running:
+            await self._idle.wait()
 
     def readiness(self) -> Readiness:
         """What each role still lacks; under ``engine`` what is not one worker's."""
         status = self.engine.status()
-        missing: dict[str, list[str]] = {}
+        missing: dict[str, list[str]] = {"engine": ["shutting down"]} if self.draining else {}
         for worker in status.workers:
             if worker.state != "up":
                 reason = f" ({worker.reason})" if worker.reason else ""
                 missing.setdefault(worker.role, []).append(f"rank {worker.rank} is {worker.state}{reason}")
         if not status.ready and not missing:
             missing["engine"] = ["warming up" if status.workers else "starting"]
-        return Readiness(ready=status.ready, missing=missing)
+        roles = dict.fromkeys(role for worker in status.workers for role in worker.roles)
+        up = {role for worker in status.workers if worker.state == "up" for role in worker.roles}
+        ready = status.ready and not self.draining
+        return Readiness(ready=ready, missing=missing, down=[role for role in roles if role not in up])
+
+    def topology(self) -> TopologyState:
+        """Every rank and edge, as they are now."""
+        status = self.engine.status()
+        return TopologyState(
+            ranks=[_rank_state(worker) for worker in status.workers],
+            edges=_edge_states(status),
+            requests=RequestCounts(
+                queued=status.queued,
+                running=status.running,
+                done=status.done,
+                failed=status.failed,
+                cancelled=status.cancelled,
+            ),
+        )
+
+    def check_roles(self) -> None:
+        """Raises ``ApiError`` (503) where a role that every picture needs is gone for good."""
+        for role, reason in self.engine.status().lost_roles:
+            raise role_lost(role, reason)
 
     def check_open(self) -> None:
         """Raises ``ApiError`` (503) before the engine takes requests and after."""
-        if self.closing:
+        if self.draining:
             raise shutting_down()
         if not self.started:
             missing = "; ".join(f"{role}: {', '.join(why)}" for role, why in self.readiness().missing.items())
             raise not_ready(f"the model is loading ({missing})")
+        self.check_roles()
 
     def check_model(self, name: str | None) -> None:
         """Raises ``ApiError`` (404) where ``name`` is given and is not the served model."""
         if name is not None and name != self.model_name:
             raise model_not_found(name, self.model_name)
+
+
+def _rank_state(worker: WorkerStatus) -> RankState:
+    beat = worker.memory
+    return RankState(
+        rank=worker.rank,
+        role=worker.role,
+        roles=list(worker.roles),
+        replica=worker.replica,
+        pid=worker.pid,
+        state=worker.state,
+        generation=worker.restarts,
+        reason=worker.reason,
+        pending_sends=beat.pending_sends if beat else 0,
+        pending_recvs=beat.pending_recvs if beat else 0,
+        kept_bytes=beat.kept if beat else 0,
+    )
+
+
+def _edge_states(status: EngineStatus) -> list[EdgeState]:
+    return [
+        EdgeState(
+            source=edge.edge.src,
+            target=edge.edge.dst,
+            up=edge.up,
+            generation=edge.generation,
+            used=edge.used,
+            window=edge.window,
+            nbytes=edge.nbytes,
+        )
+        for edge in status.edges
+    ]
 
 
 def _context(request: Request) -> Context:

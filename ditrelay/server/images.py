@@ -29,7 +29,8 @@ async def generate_images(body: ImageGenerationRequest, request: Request, contex
     context.check_model(body.model)
     _check_draws(context.engine)
     context.check_open()
-    results = await _while_connected(request, _draw(context, body))
+    with context.taken():
+        results = await _while_connected(request, _draw(context, body))
     as_url = body.response_format != "b64_json"
     return ImagesResponse(
         created=int(time.time()),

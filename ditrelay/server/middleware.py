@@ -1,19 +1,27 @@
-"""What happens to every HTTP request, whatever its address: one log line, and a limit on its body."""
+"""What happens to every HTTP request, whatever its address: one log line, the key, and a limit on its body."""
 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 import time
+from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ditrelay.server.problem import unauthorized
+
 logger = logging.getLogger(__name__)
 
 # Asked for every second or so by what watches the server.
 _POLLED = frozenset({"/health", "/ready"})
+
+# Open to all: what watches the server has no key, and the address of a file is a secret of its own.
+_OPEN_PATH = "/health"
+_OPEN_FOLDER = "/v1/files/"
 
 # Read and thrown away, at most, of a body that is too large.
 _DRAINED_BYTES = 64 << 20
@@ -45,18 +53,54 @@ class AccessLog:
             logger.log(level, "%s %s -> %d in %.2f s", scope["method"], quote(scope["path"]), status, seconds)
 
 
+class ApiKey:
+    """Answers 401 to whoever does not send ``Authorization: Bearer KEY``, but for addresses that are open to all."""
+
+    def __init__(self, app: ASGIApp, *, key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_open(scope["path"]) or self._knows_key(scope):
+            await self._app(scope, receive, send)
+        else:
+            await unauthorized().response()(scope, receive, send)
+
+    def _knows_key(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        # In constant time: how long it takes must not tell how much of a guess was right.
+        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+
+
+def _is_open(path: str) -> bool:
+    return path == _OPEN_PATH or path.startswith(_OPEN_FOLDER)
+
+
 class BodyLimit:
-    """Refuses a body that is too large (413) or that stops coming (408).
+    """Refuses a body that is too large (413), one too many at a time (429), and one that stops coming (408).
 
     Args:
         max_bytes: the largest body allowed.
+        max_total: bytes of the bodies of all requests that are not answered yet.
         timeout: seconds that the body may stand still.
+        retry_after: seconds after which a client that is turned away should come back.
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int = 1 << 20, timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int = 1 << 20,
+        max_total: int = 256 << 20,
+        timeout: float = 30.0,
+        retry_after: Callable[[], int] = lambda: 1,
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_total = max_total
         self._timeout = timeout
+        self._retry_after = retry_after
+        self._held = 0  # bytes of the bodies of requests that are not answered yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,15 +112,29 @@ class BodyLimit:
             if complete:  # what comes now is the disconnect, and that may take as long as it likes
                 return await receive()
             message = await self._next(receive)
-            received += len(message.get("body", b""))
+            size = len(message.get("body", b""))
+            received += size
+            self._held += size
             complete = not message.get("more_body", False)
-            if received > self._max_bytes:
+            if (refusal := self._refusal(received)) is not None:
                 if not complete:
                     await self._drain(receive)
-                raise _refused(413, f"the body is larger than {self._max_bytes} bytes")
+                raise refusal
             return message
 
-        await self._app(scope, receive_limited, send)
+        try:
+            await self._app(scope, receive_limited, send)
+        finally:
+            self._held -= received
+
+    def _refusal(self, received: int) -> HTTPException | None:
+        if received > self._max_bytes:
+            return _refused(413, f"the body is larger than {self._max_bytes} bytes (--max-request-bytes)")
+        if self._held > self._max_total:
+            seconds = str(self._retry_after())
+            reason = f"requests with {self._max_total} bytes are under way (--max-total-bytes)"
+            return _refused(429, f"{reason}; try again in {seconds} s", {"Retry-After": seconds})
+        return None
 
     async def _drain(self, receive: Receive) -> None:
         """Read on for a while: a client that is still sending would find its connection reset, not the answer."""
@@ -95,6 +153,6 @@ class BodyLimit:
             raise _refused(408, f"the rest of the body did not come within {self._timeout:g} s") from error
 
 
-def _refused(status: int, detail: str) -> HTTPException:
+def _refused(status: int, detail: str, headers: Mapping[str, str] | None = None) -> HTTPException:
     # Closed, because the rest of the body may still be on its way. An HTTPException is what FastAPI lets through here.
-    return HTTPException(status, detail, headers={"Connection": "close"})
+    return HTTPException(status, detail, headers={"Connection": "close", **(headers or {})})

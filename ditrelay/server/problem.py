@@ -65,6 +65,18 @@ def shutting_down() -> ApiError:
     return not_ready("the server is shutting down")
 
 
+def role_lost(role: str, reason: str) -> ApiError:
+    """503: no rank is left for ``role``, and none comes back by itself."""
+    message = f"no rank is left for {role} ({reason}); the server's log has the cause, and a restart is needed"
+    return ApiError(503, message, type=SERVER, code="role_down", headers={"Retry-After": "60"})
+
+
+def unauthorized() -> ApiError:
+    """401: the key is missing or wrong. Does not say which."""
+    message = "a valid API key is needed: send it as 'Authorization: Bearer KEY'"
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
+
+
 def model_not_found(name: str, served: str) -> ApiError:
     """404: ``name`` is not the served model."""
     message = f"model: {shorten(name)!r} is not served here; served: {served!r}"
@@ -110,6 +122,8 @@ def _queue_full(request: Request, error: QueueFull) -> ApiError:
 
 
 def _request_failed(request: Request, error: RequestFailed) -> ApiError:
+    for role, reason in request.app.state.context.engine.status().lost_roles:
+        return role_lost(role, reason)
     return ApiError(500, str(error), type=SERVER, code="request_failed")
 
 
@@ -130,8 +144,10 @@ def _http_error(request: Request, error: HTTPException) -> ApiError:
         405: (f"{target}: this method is not allowed here", "method_not_allowed"),
         408: (error.detail, "body_timeout"),
         413: (error.detail, "body_too_large"),
+        429: (error.detail, "too_many_bytes"),
     }.get(error.status_code, (error.detail, None))
-    return ApiError(error.status_code, message, code=code, headers=error.headers)
+    kind = "rate_limit_error" if error.status_code == 429 else INVALID
+    return ApiError(error.status_code, message, type=kind, code=code, headers=error.headers)
 
 
 def _schema_refused(request: Request, error: RequestValidationError) -> ApiError:

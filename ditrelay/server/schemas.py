@@ -143,7 +143,58 @@ class Readiness(BaseModel):
     """Whether every role is up and warm, and what each role still lacks."""
 
     ready: bool
-    missing: dict[str, list[str]] = Field(description="Per role, the workers that are not up and why.")
+    missing: dict[str, list[str]] = Field(description="Per kind of rank, those that are not up and why.")
+    down: list[Literal["encode", "denoise", "decode"]] = Field(
+        description="Roles that no rank has at the moment: requests that need them wait, or fail where it lasts."
+    )
+
+
+class RankState(BaseModel):
+    """One rank, as it is now."""
+
+    rank: int
+    role: str = Field(description="Name of its roles together: dit, non_dit, colocated, ...")
+    roles: list[str]
+    replica: int | None = Field(description="Number of the DiT replica it is part of.")
+    pid: int | None
+    state: Literal["starting", "up", "down", "failed"] = Field(
+        description="down: it is started again; failed: it died too often and is not."
+    )
+    generation: int = Field(description="How often its process was replaced.")
+    reason: str = Field(description="Why it is not up.")
+    pending_sends: int = Field(description="Transfers that it sends, at its last heartbeat.")
+    pending_recvs: int = Field(description="Transfers that it receives, at its last heartbeat.")
+    kept_bytes: int = Field(description="Payloads that it keeps for a re-send, at its last heartbeat.")
+
+
+class EdgeState(BaseModel):
+    """One directed path for tensors between two ranks."""
+
+    source: int
+    target: int
+    up: bool
+    generation: int = Field(description="How often it was made anew.")
+    used: int = Field(description="Payloads on the way or waiting at the target.")
+    window: int
+    nbytes: int
+
+
+class RequestCounts(BaseModel):
+    """Requests (one picture each) that wait and run, and how the others ended since the start."""
+
+    queued: int
+    running: int
+    done: int
+    failed: int
+    cancelled: int
+
+
+class TopologyState(BaseModel):
+    """Every rank and edge, as they are now (at most 0.1 s ago)."""
+
+    ranks: list[RankState]
+    edges: list[EdgeState]
+    requests: RequestCounts
 
 
 class Error(BaseModel):

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from ditrelay._version import __version__
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.problem import RESPONSES
-from ditrelay.server.schemas import Health, Model, ModelList, Readiness
+from ditrelay.server.schemas import Health, Model, ModelList, Readiness, TopologyState
 
 router = APIRouter(tags=["service"])
 
@@ -20,7 +20,13 @@ async def index(context: ContextDep) -> dict[str, str | list[str]]:
         "version": __version__,
         "model": context.model_name,
         "docs": "/docs",
-        "endpoints": ["POST /v1/images/generations", "GET /v1/models", "GET /health", "GET /ready"],
+        "endpoints": [
+            "POST /v1/images/generations",
+            "GET /v1/models",
+            "GET /v1/topology",
+            "GET /health",
+            "GET /ready",
+        ],
     }
 
 
@@ -36,6 +42,12 @@ async def ready(context: ContextDep, response: Response) -> Readiness:
     readiness = context.readiness()
     response.status_code = 200 if readiness.ready else 503
     return readiness
+
+
+@router.get("/v1/topology")
+async def topology(context: ContextDep) -> TopologyState:
+    """Which rank does what, and how it is."""
+    return context.topology()
 
 
 @router.get("/v1/models")

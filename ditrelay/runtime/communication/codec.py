@@ -32,6 +32,8 @@ _DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 
+_MAX_ELEMENTS = 1 << 48
+
 
 def encode_state(state: State, *, batch_id: str, request_ids: Sequence[str], checksum: bool = False) -> Payload:
     """Turn named values into a header and tensors, in the order of ``state``.
@@ -157,7 +159,7 @@ def _decode_field(field: FieldSpec, rest: Iterable[torch.Tensor]) -> torch.Tenso
     if field.kind == "json":
         try:
             value: JsonValue = msgspec.json.decode(field.json)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise CodecError(f"{field.name}: its JSON data can not be read ({error})") from error
         return value
     own = [tensor for _, tensor in zip(range(field.count), rest, strict=False)]
@@ -171,7 +173,7 @@ def _check_header(header: PayloadHeader) -> None:
     for spec in header.tensors:
         if spec.dtype not in _DTYPES:
             raise CodecError(f"{header.batch_id}: this torch ({torch.__version__}) has no dtype {spec.dtype!r}")
-        if any(size < 0 for size in spec.shape) or spec.nbytes != math.prod(spec.shape) * _DTYPES[spec.dtype].itemsize:
+        if not _is_possible(spec.shape) or spec.nbytes != math.prod(spec.shape) * _DTYPES[spec.dtype].itemsize:
             raise CodecError(f"{header.batch_id}: {spec} contradicts itself")
     if header.nbytes != sum(spec.nbytes for spec in header.tensors):
         raise CodecError(f"{header.batch_id}: {header.nbytes} bytes announced, its tensors have another sum")
@@ -180,6 +182,11 @@ def _check_header(header: PayloadHeader) -> None:
         raise CodecError(f"{header.batch_id}: a field's tensor count does not fit its kind")
     if sum(field.count for field in header.fields) != len(header.tensors):
         raise CodecError(f"{header.batch_id}: its fields do not add up to its {len(header.tensors)} tensors")
+
+
+def _is_possible(shape: Sequence[int]) -> bool:
+    """Whether torch can make such a tensor; one without elements may not have sides beyond all bounds either."""
+    return all(size >= 0 for size in shape) and math.prod(size for size in shape if size) <= _MAX_ELEMENTS
 
 
 def _crc32(tensors: Iterable[torch.Tensor]) -> int:

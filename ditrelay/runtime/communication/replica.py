@@ -41,6 +41,13 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
+class Restore(msgspec.Struct, frozen=True, tag=True):
+    """Take part in the broadcast of how far ``request_id`` came in another process, and go on from there."""
+
+    request_id: str
+    header: PayloadHeader
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Free what is kept of ``request_id``. After ``failed`` the peer answers ``Stopped`` once its device is idle."""
 
@@ -58,7 +65,7 @@ class Stopped(msgspec.Struct, frozen=True, tag=True):
     request_id: str
 
 
-ReplicaCommand = Begin | Step | Stop | Shutdown
+ReplicaCommand = Begin | Restore | Step | Stop | Shutdown
 
 
 class ReplicaLeader:

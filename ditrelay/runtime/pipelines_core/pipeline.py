@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,13 +54,25 @@ class StageControl(Protocol):
         """Step ``step`` (1-based) of ``total`` is finished."""
         ...
 
+    def checkpoint(self) -> State | None:
+        """How far another process came with this stage; ``None``: begin with the first step."""
+        ...
+
+    def keep(self, step: int, capture: Callable[[], State]) -> None:
+        """After ``step`` steps, and more to come: ``capture`` tells what another process needs to go on from here."""
+        ...
+
 
 class Uncontrolled:
-    """A ``StageControl`` that neither watches nor stops."""
+    """A ``StageControl`` that neither watches, nor stops, nor keeps."""
 
     def before_step(self) -> None: ...
 
     def after_step(self, step: int, total: int) -> None: ...
+
+    def checkpoint(self) -> State | None: ...
+
+    def keep(self, step: int, capture: Callable[[], State]) -> None: ...
 
 
 class Stage(Protocol):

@@ -35,9 +35,9 @@ from ditrelay.runtime.messages import (
 )
 from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.request import RequestState
-from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, computed, on_edge, sign_of_life
+from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, on_edge
 from ditrelay.runtime.scheduling.recovery import Recovery
-from ditrelay.runtime.scheduling.state import NEXT, EdgeState, Record, Station
+from ditrelay.runtime.scheduling.state import NEXT, EdgeState, Record, Station, UnitState
 
 # One stage runs at the worker and the next one is there already, so that the way to the head never idles it.
 DISPATCH_DEPTH = 2
@@ -67,14 +67,13 @@ class Flow:
         found = at_worker(self._ledger, event.rank, event.request_id, event.stage)
         if found is not None:
             record, station = found
-            station.running = record
-            sign_of_life(self._ledger, station)
+            self._ledger.stages.began(record, station, self._ledger.now)
             self._begin(record, station)
 
     def step_done(self, event: StepDone) -> None:
         found = at_worker(self._ledger, event.rank, event.request_id, "denoise")
         if found is not None:
-            sign_of_life(self._ledger, found[1])
+            self._ledger.stages.stepped(*found, event.step, self._ledger.now)
 
     def launched(self, event: Launched) -> None:
         found = at_worker(self._ledger, event.rank, event.request_id, "encode")
@@ -128,9 +127,12 @@ class Flow:
             return None
         record, station = found
         self._begin(record, station)
-        computed(ledger, record, station)
+        ledger.stages.completed(record, station, ledger.now)
+        station.unit.has_finished(stage)
         if record.state.ended:
             return None
+        if record.alone is station:
+            ledger.leave_alone(record)
         if record.source is not None:
             ledger.out.append(Release(record.source.leader, request_id))
             ledger.unkeep(record)
@@ -158,6 +160,8 @@ class Flow:
     def pump(self) -> None:
         """Sends what is held and dispatches what waits, at every station where something changed."""
         ledger = self._ledger
+        for unit in tuple(ledger.closed):
+            self._start_alone(unit)
         while ledger.dirty:
             station, _ = ledger.dirty.popitem()
             if station.held:
@@ -173,13 +177,15 @@ class Flow:
     def _dispatch_queued(self) -> None:
         queue = self._ledger.queue
         while queue and (station := self._free_encoder()) is not None:
-            record = queue.popleft()
-            self._ledger.bind(record, station)
-            self._ledger.move(record, station.states.arrived)
-            self._ledger.dispatch(record, station)
-            if self._ledger.config.lock_step:
-                self._ledger.enter_home(record, station.unit)
-            self._ledger.out.append(Encode(station.leader, record.request))
+            self._encode(queue.popleft(), station)
+
+    def _encode(self, record: Record, station: Station) -> None:
+        self._ledger.bind(record, station)
+        self._ledger.move(record, station.states.arrived)
+        self._ledger.dispatch(record, station)
+        if self._ledger.config.lock_step:
+            self._ledger.enter_home(record, station.unit)
+        self._ledger.out.append(Encode(station.leader, record.request))
 
     def _free_encoder(self) -> Station | None:
         """The least loaded encoder with a free place and a credit for what it will make."""
@@ -187,7 +193,7 @@ class Flow:
         for _, leader in ledger.boards["encode"].order:
             unit = ledger.units[leader]
             station = unit.stations["encode"]
-            free = len(station.dispatched) < DISPATCH_DEPTH and not unit.bound
+            free = len(station.dispatched) < DISPATCH_DEPTH and not unit.bound and not unit.alone
             if free and unit.status == "up" and station.may_produce:
                 return station
         return None
@@ -198,6 +204,25 @@ class Flow:
             record = station.waiting.popleft()
             self._ledger.dispatch(record, station)
             self._ledger.out.append(command(station.leader, record.id))
+
+    def _start_alone(self, unit: UnitState) -> None:
+        """Gives a unit that is rid of all others the request that ran out of memory there."""
+        ledger, record = self._ledger, unit.alone[0]
+        if record not in ledger.aside or not unit.is_quiet:
+            return
+        source = record.source
+        edge = None if source is None else source.out.get(unit.leader)
+        if source is not None and edge is not None:
+            if edge.fits(record.nbytes):
+                del ledger.aside[record]
+                self._hand_over(record, source, edge)
+        elif source is None and record.alone is not None and unit.makes_alone(record.alone.stage):
+            if unit.stations["encode"].may_produce:
+                del ledger.aside[record]
+                self._encode(record, unit.stations["encode"])
+        else:  # the way there leads over other units, which may wait for this one
+            ledger.leave_alone(record)
+            ledger.go_on(record)
 
     # ------------------------------------------------------------ the hop
 
@@ -222,7 +247,9 @@ class Flow:
         """The edge to the least loaded unit with a credit and room for it; only if ``early`` one that has a promise."""
         for _, leader in self._ledger.boards[NEXT[station.stage]].order:
             edge = station.out.get(leader)
-            if edge is not None and edge.fits(nbytes) and (early or not edge.promised):
+            if edge is None or not edge.fits(nbytes) or edge.dst.unit.alone:
+                continue
+            if early or not edge.promised:
                 return edge
         return None
 

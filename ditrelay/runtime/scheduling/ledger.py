@@ -14,7 +14,6 @@ from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable
 from operator import attrgetter
-from typing import Generic, TypeVar
 
 from ditrelay.runtime.messages import Action, Finish, Received, Stage, TransferRejected
 from ditrelay.runtime.payloads import PayloadHeader
@@ -29,40 +28,15 @@ from ditrelay.runtime.scheduling.state import (
     UnitState,
     build_fleet,
 )
+from ditrelay.runtime.scheduling.watches import StageWatch, Watch
 from ditrelay.runtime.topology import Topology
 
-K = TypeVar("K")
 OnState = Callable[[str, RequestState], None]
 
 
 def _discard(records: list[Record] | deque[Record], record: Record) -> None:
     if record in records:
         records.remove(record)
-
-
-class Watch(Generic[K]):
-    """Deadlines of one length. They run out in the order in which they were started: a look costs what has run out."""
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
-        self._since: dict[K, float] = {}
-
-    def start(self, key: K, now: float) -> None:
-        """(Re)starts the deadline of ``key``."""
-        self._since.pop(key, None)
-        self._since[key] = now
-
-    def stop(self, key: K) -> None:
-        self._since.pop(key, None)
-
-    def due(self, now: float) -> K | None:
-        """Takes out one key whose time has run out."""
-        for key, since in self._since.items():
-            if now - since < self.timeout:
-                return None
-            del self._since[key]
-            return key
-        return None
 
 
 class Ledger:
@@ -74,6 +48,8 @@ class Ledger:
         edges: by the leaders they join; local edges are not among them.
         records: live requests and zombies, in order of submission.
         queue: live requests that no encoder has.
+        aside: live requests that neither wait in the queue nor are held, until the given time.
+        closed: units where a request is to be alone.
         dirty: stations where something became possible since ``Flow.pump`` last looked.
         queue_dirty: an encoder, or a request for one, became free since then.
         lost_roles: why a stage can never be computed again.
@@ -88,13 +64,15 @@ class Ledger:
         self.up_edges = 0
         self.records: dict[str, Record] = {}
         self.queue: deque[Record] = deque()
+        self.aside: dict[Record, float] = {}
+        self.closed: dict[UnitState, None] = {}
         self.dirty: dict[Station, None] = {}
         self.queue_dirty = False
         self.submitted = 0
         self.finished: Counter[str] = Counter()
         self.lost_roles: dict[Stage, str] = {}
         self.transfers: Watch[Record] = Watch(config.transfer_timeout)
-        self.stages: Watch[Station] = Watch(config.stage_timeout)
+        self.stages = StageWatch(config)
         self.drops: Watch[Record] = Watch(config.stage_timeout + config.transfer_timeout)
 
     def set_edge(self, edge: EdgeState, status: EdgeStatus) -> None:
@@ -145,15 +123,50 @@ class Ledger:
         insort(record.source.held, record, key=attrgetter("number"))
         self.dirty[record.source] = None
 
-    def requeue(self, record: Record) -> None:
-        """Back to the front of the queue, as if it had never been encoded."""
-        self.move(record, RequestState.QUEUED)
-        self.leave_home(record)
-        self.queue.appendleft(record)
-        self.queue_dirty = True
+    def set_back(self, record: Record, until: float) -> None:
+        """To its payload where there still is one, else as if it had never been encoded; it goes on at ``until``."""
+        self.leave_alone(record)
+        if record.source is not None:
+            self.move(record, record.source.states.made)
+            self.reserve(record, record.source)
+        else:
+            self.move(record, RequestState.QUEUED)
+            self.leave_home(record)
+        self.aside[record] = until
+        if until <= self.now:
+            self.go_on(record)
+
+    def go_on(self, record: Record) -> None:
+        """No longer aside: to those that are held, or to the front of the queue."""
+        del self.aside[record]
+        if record.source is not None:
+            self.hold(record)
+        else:
+            self.queue.appendleft(record)
+            self.queue_dirty = True
+
+    def claim_alone(self, record: Record, station: Station) -> None:
+        """Closes the unit of ``station`` to others until ``record`` was computed there."""
+        assert record.alone is None, f"{record.id} is to be alone somewhere else"
+        record.alone = station
+        station.unit.alone.append(record)
+        self.closed[station.unit] = None
+
+    def leave_alone(self, record: Record) -> None:
+        """Does nothing where it has no such claim."""
+        station, record.alone = record.alone, None
+        if station is None:
+            return
+        station.unit.alone.remove(record)
+        if not station.unit.alone:
+            del self.closed[station.unit]
+            self.queue_dirty = True
+            self.dirty.update((edge.src, None) for edge in station.unit.edges)
 
     def withdraw(self, record: Record) -> None:
         """Takes it off every list that would lead it on. What it holds stays held."""
+        self.aside.pop(record, None)
+        self.leave_alone(record)
         if record.at is not None:
             _discard(record.at.waiting, record)
         elif record.source is not None:
@@ -269,9 +282,9 @@ class Ledger:
 
     def _leave_worker(self, record: Record, station: Station) -> None:
         record.dispatched = False
+        record.began = None
         station.dispatched.remove(record)
-        if station.running is record:
-            station.running = None
+        self.stages.news(station, self.now)
         if not station.dispatched:
             self.stages.stop(station)
 
@@ -340,17 +353,3 @@ def on_edge(ledger: Ledger, event: Received | TransferRejected) -> Record | None
         return None
     known = edge.src.leader == event.src and edge.dst.leader == event.rank and edge.generation == event.generation
     return record if known else None
-
-
-def computed(ledger: Ledger, record: Record, station: Station) -> None:
-    """The worker is done with that stage of it, in whatever way."""
-    if station.running is record:
-        station.running = None
-    sign_of_life(ledger, station)
-
-
-def sign_of_life(ledger: Ledger, station: Station) -> None:
-    """A stage's deadline counts from its last news; before it starts, from the last news of its whole unit."""
-    for other in station.unit.stations.values():
-        if other.dispatched and (other is station or other.running is None):
-            ledger.stages.start(other, ledger.now)

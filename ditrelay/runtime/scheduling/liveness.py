@@ -18,14 +18,15 @@ from ditrelay.runtime.messages import (
     WorkerDown,
     WorkerUp,
 )
-from ditrelay.runtime.scheduling.ledger import Ledger, Watch
+from ditrelay.runtime.scheduling.ledger import Ledger
 from ditrelay.runtime.scheduling.recovery import Recovery
 from ditrelay.runtime.scheduling.state import EdgeState, Record, Station, UnitState, UnitStatus
+from ditrelay.runtime.scheduling.watches import HANG_FACTOR, Watch
 
 # An edge that fails more often than this without one transfer in between takes its destination down.
 MAX_EDGE_FAILURES = 3
 
-# Seconds; the delay doubles with every restart within the window up to here.
+# Seconds. The first restart is at once; while no stage is finished, the delay doubles with every further one to this.
 MAX_RESTART_DELAY = 60.0
 
 # Shares of a unit's memory: above the first its windows shrink by one a heartbeat, below the second they grow again.
@@ -69,7 +70,7 @@ class Liveness:
         unit.members_up.add(event.rank)
         if len(unit.members_up) < len(unit.unit.members):
             return
-        unit.status, unit.reason = "up", None
+        unit.status, unit.reason, unit.up_since = "up", None, self._ledger.now
         self._startups.stop(unit)
         self._ledger.dirty.update(dict.fromkeys(unit.stations.values()))
         for edge in unit.edges:
@@ -89,10 +90,13 @@ class Liveness:
         ledger = self._ledger
         ledger.out.extend(Kill(rank, cause) for rank in unit.unit.members if rank != dead)
         self._startups.stop(unit)
+        self._count_death(unit)
         unit.members_up.clear()
         unit.memory.clear()
+        for station in unit.stations.values():
+            station.shapes.clear()
         unit.reason = cause
-        unit.status = "failed" if self._restarts_are_spent(unit) else "down"
+        unit.status = "failed" if len(unit.deaths) > ledger.config.max_restarts else "down"
         for edge in unit.edges:
             edge.failures = 0
             self._close(edge, cause)
@@ -102,24 +106,29 @@ class Liveness:
         else:
             self._plan_restart(unit)
 
-    def _restarts_are_spent(self, unit: UnitState) -> bool:
-        config = self._ledger.config
-        while unit.restarts and self._ledger.now - unit.restarts[0] > config.restart_window:
-            unit.restarts.popleft()
-        return len(unit.restarts) >= config.max_restarts
+    def _count_death(self, unit: UnitState) -> None:
+        """Time counts while it is up: a unit that takes a minute to start can crash in a loop, too."""
+        if unit.status == "up":
+            unit.lived += self._ledger.now - unit.up_since
+        while unit.deaths and unit.lived - unit.deaths[0] > self._ledger.config.restart_window:
+            unit.deaths.popleft()
+        if not unit.deaths:
+            unit.died_in.clear()
+        unit.deaths.append(unit.lived)
+        unit.died_in.update(stage for stage, station in unit.stations.items() if station.running is not None)
 
     def _plan_restart(self, unit: UnitState) -> None:
-        now = self._ledger.now
-        unit.respawn_at = now + min(2.0 ** len(unit.restarts), MAX_RESTART_DELAY)
-        unit.restarts.append(now)
+        before = len(unit.deaths) - 1
+        delay = min(2.0 ** (before - 1), MAX_RESTART_DELAY) if before else 0.0
+        unit.respawn_at = self._ledger.now + delay
         unit.restarted += 1
 
     def _lose_roles(self, unit: UnitState, cause: str) -> None:
-        config = self._ledger.config
-        tries = f"{config.max_restarts} restarts within {config.restart_window:g} s did not help"
+        window = self._ledger.config.restart_window
+        tries = f"the last of {len(unit.deaths)} deaths within {window:g} s without a finished stage"
         for stage in unit.stations:
             if all(other.status == "failed" for other in self._ledger.units.values() if stage in other.stations):
-                self._recovery.role_lost(stage, f"no rank is left for {stage}: {cause}, and {tries}")
+                self._recovery.role_lost(stage, f"no rank is left for {stage}: {cause}, {tries}")
 
     # ------------------------------------------------------------ edges
 
@@ -173,9 +182,9 @@ class Liveness:
     def heartbeat(self, event: Heartbeat) -> None:
         """Adaptive flow control: to a unit whose memory is nearly full go fewer payloads at a time, but never none."""
         unit = self._unit_of[event.rank]
-        if event.device_total == 0 or unit.status != "up":
+        if unit.status != "up":
             return
-        unit.memory[event.rank] = event.device_allocated / event.device_total
+        unit.memory[event.rank] = event.device_allocated / event.device_total if event.device_total else 0.0
         if event.rank != unit.leader:
             return
         used = max(unit.memory.values())
@@ -190,6 +199,7 @@ class Liveness:
     def tick(self) -> None:
         """Acts on every deadline that has passed."""
         ledger, now = self._ledger, self._ledger.now
+        self._recovery.resume()
         for unit in ledger.units.values():
             if unit.status == "down" and unit.respawn_at <= now:
                 self._spawn(unit)
@@ -214,17 +224,25 @@ class Liveness:
         self._fail_edge(record.edge, reason, blamed=record.id)
 
     def _stage_hung(self, station: Station) -> None:
-        """The request that hangs fails, as it would hang again; the others of the unit are set back."""
-        unit = station.unit
-        busy = [station, *(other for other in unit.stations.values() if other.running is not None)]
+        """What is longer than all that is allowed fails its request; what is only unusual is tried again elsewhere."""
+        unit, limit = station.unit, self._ledger.stages.limit(station)
+        final = limit >= self._ledger.config.stage_timeout
+        busy = [station, *unit.stations.values()]
         culprit = next((other.running for other in busy if other.running is not None), station.dispatched[0])
         assert culprit.at is not None
-        limit = self._ledger.config.stage_timeout
-        what = f"the {culprit.at.stage} of request {culprit.id} on {unit.unit}"
-        reason = f"{what} showed no progress for {limit:g} s (--stage-timeout)"
-        if not culprit.state.ended:
+        after = f" (after step {culprit.step})" if culprit.step else ""
+        what = f"the {culprit.at.stage} of request {culprit.id} on {unit.unit}{after}"
+        allowed = "--stage-timeout" if final else self._explain(culprit, culprit.at)
+        reason = f"{what} showed no progress for {limit:.3g} s ({allowed})"
+        if final and not culprit.state.ended:
             self._recovery.end(culprit, Finish(culprit.id, "failed", reason), freed=unit)
         self._kill(unit, reason)
+
+    def _explain(self, record: Record, station: Station) -> str:
+        usual = self._ledger.stages.usual(record, station) or 0.0
+        if HANG_FACTOR * usual < self._ledger.config.hang_timeout:
+            return f"--dist-timeout; usual are {usual:.3g} s"
+        return f"{HANG_FACTOR:g} times the usual {usual:.3g} s"
 
     def _drop_late(self, record: Record) -> None:
         """Workers that do not answer ``Drop`` cannot be trusted to be free."""

@@ -6,6 +6,9 @@ held there is struck when the holder answers or is lost, never before.
 
 from __future__ import annotations
 
+import math
+from operator import attrgetter
+
 from ditrelay.runtime.messages import (
     CancelRequest,
     Drop,
@@ -17,7 +20,7 @@ from ditrelay.runtime.messages import (
     TransferRejected,
 )
 from ditrelay.runtime.request import RequestState
-from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, computed, on_edge
+from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, on_edge
 from ditrelay.runtime.scheduling.state import STATES, EdgeState, Record, Station, UnitState
 
 _DOING: dict[RequestState, str] = {
@@ -32,6 +35,10 @@ _DOING: dict[RequestState, str] = {
     RequestState.DECODING: "it was decoded",
 }
 _ORDER = list(RequestState)
+_RAN_OUT = "also with nothing else on its ranks; ask for less at a time, or give the server more memory per request"
+
+# Seconds from a loss that a request may have caused until it is tried again: the first time, and later.
+RETRY_DELAYS = (0.1, 1.0)
 
 
 class Recovery:
@@ -56,10 +63,27 @@ class Recovery:
         if found is None:
             return
         record, station = found
-        computed(self._ledger, record, station)
-        if not record.state.ended:
-            finish = Finish(record.id, "failed", event.reason, event.invalid_param)
-            self.end(record, finish, freed=station.unit)
+        self._ledger.stages.ended(record, station, self._ledger.now)
+        if record.state.ended:
+            return
+        if event.out_of_memory and not record.ran_out and record.promise is None:
+            self._try_alone(record, station, event.reason)
+            return
+        reason = f"{event.reason} ({_RAN_OUT})" if event.out_of_memory else event.reason
+        self.end(record, Finish(record.id, "failed", reason, event.invalid_param), freed=station.unit)
+
+    def _try_alone(self, record: Record, station: Station, cause: str) -> None:
+        """Once more, with nothing else on the unit (in lock-step nothing is), and with as little as can be later."""
+        ledger, unit, doing = self._ledger, station.unit, _DOING[record.state]
+        record.ran_out = True
+        for edge in unit.edges:
+            if edge.dst.unit is unit and edge.window > 1:
+                ledger.resize(edge, 1)
+        ledger.strike(record, unit)
+        delay = RETRY_DELAYS[0] if ledger.config.lock_step else math.inf
+        self._set_back(record, cause, doing, blamed=False, delay=delay)
+        if delay == math.inf and not record.state.ended:
+            ledger.claim_alone(record, station)
 
     def rejected(self, event: TransferRejected) -> None:
         """The receiver has freed its part; the source still has the payload."""
@@ -81,6 +105,14 @@ class Recovery:
         record, unit = self._ledger.records.get(event.request_id), self._ledger.units.get(event.rank)
         if record is not None and unit is not None and unit in record.dropping:
             self._drop_answered(record, unit)
+
+    def resume(self) -> None:
+        """Whoever was set aside for a time, and that is over, goes on."""
+        ledger = self._ledger
+        due = [record for record, until in ledger.aside.items() if until <= ledger.now]
+        # Backwards, as in ``unit_lost``.
+        for record in sorted(due, key=attrgetter("number"), reverse=True):
+            ledger.go_on(record)
 
     # ------------------------------------------------------------ ends
 
@@ -122,17 +154,21 @@ class Recovery:
                 self._drop_answered(record, unit)
             else:
                 self._holder_lost(record, unit, cause)
+        for record in tuple(unit.alone):
+            self._ledger.leave_alone(record)
+            self._ledger.go_on(record)
 
     def _holder_lost(self, record: Record, unit: UnitState, cause: str) -> None:
         """Only a request that was computed there may have caused the loss; for the others it is no attempt."""
         doing = _DOING[record.state]
-        suspect = record.at is not None and record.at.unit is unit and record.at.running is record
+        suspect = record.at is not None and record.at.unit is unit and record.began is not None
         promised = record.promise is not None and record.promise.target.unit is unit
         self._ledger.strike(record, unit)
         if promised:
             self._go_on_unpromised(record, cause, blamed=False)
         elif record.at is None or record.on_the_way:
-            self._set_back(record, cause, doing, blamed=suspect)
+            delay = RETRY_DELAYS[min(record.attempts, len(RETRY_DELAYS) - 1)] if suspect else 0.0
+            self._set_back(record, cause, doing, blamed=suspect, delay=delay)
         # Else only the copy is lost: the payload is where it is needed.
 
     def edge_lost(self, edge: EdgeState, cause: str, blamed: str | None) -> None:
@@ -180,8 +216,8 @@ class Recovery:
         self._ledger.out.append(Release(target.leader, record.id))
         self._ledger.strike(record, target.unit)
 
-    def _set_back(self, record: Record, cause: str, doing: str, *, blamed: bool) -> None:
-        """To its payload where there still is one, else to the front of the queue."""
+    def _set_back(self, record: Record, cause: str, doing: str, *, blamed: bool, delay: float = 0.0) -> None:
+        """To its payload where there still is one, else to the front of the queue; there it goes on after ``delay``."""
         ledger = self._ledger
         target = record.at if record.promise is None else record.promise.target
         if target is not None:
@@ -192,9 +228,5 @@ class Recovery:
             self.fail(record, hopeless)
         elif record.attempts >= ledger.config.max_attempts:
             self.fail(record, f"{cause} while {doing} ({record.attempts} attempts)")
-        elif record.source is not None:
-            ledger.move(record, state)
-            ledger.reserve(record, record.source)
-            ledger.hold(record)
         else:
-            ledger.requeue(record)
+            ledger.set_back(record, ledger.now + delay)

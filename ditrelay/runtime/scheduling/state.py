@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from ditrelay.runtime.request import Request, RequestState
 from ditrelay.runtime.topology import Topology, Unit
 
 _S = RequestState
+
+# Shapes of requests that a station remembers to have computed.
+KNOWN_SHAPES = 256
 
 UnitStatus = Literal["starting", "up", "down", "failed"]
 EdgeStatus = Literal["closed", "opening", "up"]
@@ -31,11 +35,13 @@ class SchedulerConfig:
         max_queue: requests that may wait for an encoder.
         lock_step: one request per encoder unit between its encode and its end, window 1.
         transfer_timeout: for one transfer, and for one edge to open.
-        stage_timeout: for a stage without any sign of life.
+        stage_timeout: for a stage without any sign of life; the only limit for the first run of a shape in a process.
+        hang_timeout: later, a stage hangs that shows no sign of life for this long and for much longer than usual.
         startup_timeout: from the spawn of a unit until all of its members are up.
         max_attempts: how often a request may be lost with the worker that computes it, or in a failed transfer,
             before it fails.
-        max_restarts: restarts of one unit within ``restart_window`` before it is given up.
+        max_restarts: a unit that dies once more is given up, where it finished no stage in between and was up for no
+            longer than ``restart_window`` in all.
         restart_window: see ``max_restarts``.
     """
 
@@ -45,10 +51,11 @@ class SchedulerConfig:
     lock_step: bool = False
     transfer_timeout: float = 60.0
     stage_timeout: float = 600.0
+    hang_timeout: float = 60.0
     startup_timeout: float = 600.0
     max_attempts: int = 3
-    max_restarts: int = 10
-    restart_window: float = 300.0
+    max_restarts: int = 4
+    restart_window: float = 60.0
 
     @property
     def window(self) -> int:
@@ -63,6 +70,8 @@ class StageStates(NamedTuple):
     running: RequestState
     made: RequestState
 
+
+Shape = tuple[int | None, int | None, int | None]  # height, width, frames
 
 STATES: dict[Stage, StageStates] = {
     "encode": StageStates(_S.QUEUED, _S.ENCODING, _S.ENCODING, _S.ENCODED),
@@ -109,6 +118,10 @@ class Record:
         promise: while it is encoded: the way that the conditioning will take, where that is arranged already.
         home: lock-step only: the encoder unit that takes no other request before this one ends.
         dropping: units that have not answered ``Drop`` yet; only a zombie has any.
+        began: when the worker began its stage, while that is computed.
+        step: of its denoise, the one done last.
+        ran_out: of memory, once: the next time it fails.
+        alone: where it is tried again with nothing else on the unit.
     """
 
     request: Request
@@ -126,6 +139,20 @@ class Record:
     promise: Promise | None = None
     home: UnitState | None = None
     dropping: set[UnitState] = field(default_factory=set)
+    began: float | None = None
+    step: int = 0
+    ran_out: bool = False
+    alone: Station | None = None
+
+    @property
+    def shape(self) -> Shape:
+        params = self.request.params
+        return params.height, params.width, params.num_frames
+
+    @property
+    def size(self) -> int:
+        """Pixels in all frames."""
+        return math.prod(side or 1 for side in self.shape)
 
     @property
     def id(self) -> str:
@@ -190,11 +217,11 @@ class Station:
     Attributes:
         waiting: inputs are here, not dispatched (encode has the common queue instead).
         dispatched: given to the worker, oldest first; a zombie stays until its ``Dropped``.
-        running: the one of them that the worker works on.
         held: products that wait for an edge, oldest request first.
         out: edges that its products may take, by the leader they go to; ``local`` is the only one where it is there.
         free: credits of the usable edges in ``out``; ``reserved`` of these are promised to requests in the making.
         kept: bytes of products that are here until the next stage is complete.
+        shapes: of requests that this process has computed, newest last.
     """
 
     unit: UnitState
@@ -203,13 +230,24 @@ class Station:
     leader: int
     waiting: deque[Record] = field(default_factory=deque)
     dispatched: list[Record] = field(default_factory=list)
-    running: Record | None = None
     held: list[Record] = field(default_factory=list)
     out: dict[int, EdgeState] = field(default_factory=dict)
     local: EdgeState | None = None
     free: int = 0
     reserved: int = 0
     kept: int = 0
+    shapes: dict[Shape, None] = field(default_factory=dict)
+
+    @property
+    def running(self) -> Record | None:
+        """The one of the dispatched that the worker works on; of two (one becomes a file already), the older."""
+        return next((record for record in self.dispatched if record.began is not None), None)
+
+    def has_run(self, shape: Shape) -> None:
+        self.shapes.pop(shape, None)
+        self.shapes[shape] = None
+        if len(self.shapes) > KNOWN_SHAPES:
+            del self.shapes[next(iter(self.shapes))]
 
     @property
     def may_produce(self) -> bool:
@@ -226,8 +264,12 @@ class UnitState:
         load: requests at or on the way to any of its stations.
         bound: lock-step only: live requests that were encoded here.
         memory: share of its memory that each member uses, as its newest heartbeat says.
-        restarts: when it went down and was to be restarted, within the restart window; ``restarted`` counts all.
+        deaths: in a row, without a finished stage in between, and within the restart window; in seconds of ``lived``.
+        died_in: the stages that it computed at these deaths; one of each must be finished for them to be forgotten.
+        lived: seconds that it was up, all its processes together; the present one since ``up_since``.
+        restarted: how often it was to be restarted.
         reason: why it is down or failed.
+        alone: requests that ran out of memory here, to be tried again one by one; until then no other comes.
     """
 
     unit: Unit
@@ -239,14 +281,35 @@ class UnitState:
     memory: dict[int, float] = field(default_factory=dict)
     load: int = 0
     bound: int = 0
-    restarts: deque[float] = field(default_factory=deque)
+    deaths: deque[float] = field(default_factory=deque)
+    died_in: set[Stage] = field(default_factory=set)
+    lived: float = 0.0
+    up_since: float = 0.0
     restarted: int = 0
     respawn_at: float = 0.0
     reason: str | None = None
+    alone: deque[Record] = field(default_factory=deque)
 
     @property
     def leader(self) -> int:
         return self.unit.leader
+
+    @property
+    def is_quiet(self) -> bool:
+        """It is up and has no request, but for products that are on their way elsewhere."""
+        going_on = any(station.held for station in self.stations.values() if station.local is not None)
+        return self.status == "up" and not self.load and not going_on
+
+    def makes_alone(self, stage: Stage) -> bool:
+        """Whether it computes all that ``stage`` needs of a request."""
+        before = list(STATES)[: list(STATES).index(stage) + 1]
+        return all(each in self.stations for each in before)
+
+    def has_finished(self, stage: Stage) -> None:
+        """It does such work, so what ended it before was no crash loop."""
+        self.died_in.discard(stage)
+        if not self.died_in:
+            self.deaths.clear()
 
     def change_load(self, by: int) -> None:
         size = len(self.unit.members)

@@ -46,11 +46,12 @@ from ditrelay.runtime.messages import (
     TransferRejected,
     WorkerEvent,
 )
+from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
-from ditrelay.runtime.pipelines_core.executors.stage_run import Emit, StageRun, Watch
+from ditrelay.runtime.pipelines_core.executors.stage_run import Emit, StageRun, Watch, free_after
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Pipeline, StageCancelled
 from ditrelay.runtime.topology import Edge, Role
 
@@ -80,6 +81,7 @@ class OverlapLoop:
         emit: takes an event to the head; thread-safe, never blocks for long.
         announce: report an encode when it is launched, where its device runs behind, so that its transfer is arranged
             by the time it is done.
+        checkpoints: where denoises are kept in the middle; ``None``: one that is interrupted starts over.
         on_broken: called when the ranks of a replica are torn apart; ends the process.
     """
 
@@ -92,6 +94,7 @@ class OverlapLoop:
         priority: Mapping[Role, int],
         emit: Emit,
         announce: bool = False,
+        checkpoints: Checkpoints | None = None,
         on_broken: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._executor = executor
@@ -100,6 +103,7 @@ class OverlapLoop:
         self._priority = priority
         self._emit = emit
         self._announces = announce
+        self._checkpoints = checkpoints
         self._on_broken = on_broken
         self._broken = False
         self._rank = executor.rank
@@ -209,7 +213,8 @@ class OverlapLoop:
         run = StageRun(role, (resident.batch.payload, resident.batch.state))
         progress = self._lanes[role].progress
         progress.then(lambda reached: self._began(resident, run, reached))
-        watch = Watch(self._rank, resident.request_id, progress, self._emit, lambda: resident.ending == "drop")
+        kept = self._checkpoints if role == "denoise" else None
+        watch = Watch(self._rank, resident.request_id, progress, self._emit, lambda: resident.ending == "drop", kept)
         try:
             self._pipeline.stage(role).run(resident.batch, watch)
             if role != "decode":
@@ -246,8 +251,11 @@ class OverlapLoop:
             # After an error of the device no call of this process works. The request is tried again elsewhere.
             self._broken = True
             self._on_broken(describe(error))
+            return
         else:
             self._fail(resident, run, error)
+        if run.role == "denoise" and self._checkpoints is not None:
+            self._checkpoints.remove(resident.request_id)
 
     def _succeed(self, resident: _Resident, run: StageRun) -> None:
         if run.role == "decode":
@@ -270,15 +278,16 @@ class OverlapLoop:
 
     def _fail(self, resident: _Resident, run: StageRun, error: Exception) -> None:
         request_id, invalid = resident.request_id, error if isinstance(error, InvalidRequest) else None
-        expected = invalid or isinstance(error, torch.OutOfMemoryError)
+        no_memory = isinstance(error, torch.OutOfMemoryError)
+        expected = invalid or no_memory
         logger.warning("%s of request %s failed", run.role, request_id, exc_info=None if expected else error)
         reason = invalid.reason if invalid else f"{run.role} failed: {describe(error)}"
         run.error = None
         resident.batch.state, resident.batch.payload, resident.batch.frames = {}, None, ()
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()  # what one request fragmented must not fail the next
+        if no_memory:
+            free_after(error)
         param = invalid.param if invalid else None
-        event = StageFailed(self._rank, request_id, run.role, reason, time.monotonic(), param)
+        event = StageFailed(self._rank, request_id, run.role, reason, time.monotonic(), param, no_memory)
         self._release_hold(resident, event, remove=True)
 
     # ------------------------------------------------------------ transfers

@@ -21,15 +21,17 @@ from ditrelay.runtime.communication.replica import (
     Begin,
     ReplicaLeader,
     ReplicaPeer,
+    Restore,
     Shutdown,
     Step,
     Stop,
     Stopped,
     broadcast_payload,
 )
-from ditrelay.runtime.payloads import State
+from ditrelay.runtime.payloads import Payload, State
 from ditrelay.runtime.pipelines_core.executors.lane import finish_device_work
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import STAGE_ERRORS, describe
+from ditrelay.runtime.pipelines_core.executors.stage_run import free_after
 from ditrelay.runtime.request import Request
 
 if TYPE_CHECKING:
@@ -82,6 +84,26 @@ class LedAdapter:
             return _LedSession(self._inner.begin(requests, state), request.request_id)
         except STAGE_ERRORS as error:
             self._agree_on_failure(request.request_id, error)
+            raise
+
+    def capture(self, session: DenoiseSession) -> State:
+        """That of the leader: all ranks have the same latents between two steps."""
+        assert isinstance(session, _LedSession)
+        return self._inner.capture(session.inner)
+
+    def restore(self, session: DenoiseSession, captured: State) -> None:
+        assert isinstance(session, _LedSession)
+        request_id = session.request_id
+        payload = encode_state(captured, batch_id=request_id, request_ids=[request_id])
+        # Off the host: the replica's group moves what is on its devices.
+        payload = Payload(payload.header, tuple(tensor.to(self._device) for tensor in payload.tensors))
+        self._leader.send(Restore(request_id, payload.header))
+        try:
+            broadcast_payload(payload, payload.header, self._device)
+            self._inner.restore(session.inner, captured)
+        except STAGE_ERRORS as error:
+            session.open = False
+            self._agree_on_failure(request_id, error)
             raise
 
     def step(self, session: DenoiseSession) -> bool:
@@ -142,15 +164,18 @@ class _Follower:
         self._error: BaseException | None = None
         self._failed_at = 0.0
 
-    def obey(self, command: Begin | Step | Stop | None) -> None:
+    def obey(self, command: Begin | Restore | Step | Stop | None) -> None:
         """Raises ``ReplicaBroken`` where the leader goes on after an error that only this rank had."""
         try:
             match command:
                 case Begin(request=request, header=header):
                     payload = broadcast_payload(None, header, self._device)
                     self._session = self._adapter.begin([request], decode_payload(payload))
+                case Restore(header=header):
+                    payload = broadcast_payload(None, header, self._device)
+                    self._adapter.restore(self._running(), decode_payload(payload))
                 case Step():
-                    self._step()
+                    self._adapter.step(self._running())
                 case Stop(request_id=request_id, reason=reason):
                     self._stop(request_id, answer=reason == "failed")
                 case None:
@@ -161,14 +186,16 @@ class _Follower:
             logger.debug("the denoise failed on a peer: %s", describe(error))
             self._error, self._failed_at = error, time.monotonic()
 
-    def _step(self) -> None:
+    def _running(self) -> DenoiseSession:
         if self._session is None or self._error is not None:
             raise self._broken()
-        self._adapter.step(self._session)
+        return self._session
 
     def _stop(self, request_id: str, *, answer: bool) -> None:
         if self._session is not None:
             self._adapter.abandon(self._session)
+        if isinstance(self._error, torch.OutOfMemoryError):
+            free_after(self._error)
         self._session = self._error = None
         if answer:
             finish_device_work(self._device)  # no answer while a collective waits on the device

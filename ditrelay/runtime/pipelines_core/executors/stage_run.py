@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ditrelay.runtime.messages import StepDone, WorkerEvent
-from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.payloads import PayloadHeader, State
+from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.pipelines_core.pipeline import StageCancelled
 from ditrelay.runtime.topology import Role
 
 Emit = Callable[[WorkerEvent], None]
+
+
+def free_after(error: BaseException | None) -> None:
+    """Give back what a stage that ran out of memory held: what one request fragmented must not fail the next."""
+    while error is not None:
+        error.__traceback__ = None  # its frames hold the stage's tensors
+        error = error.__context__
+    torch.cuda.empty_cache()
 
 
 @dataclass(eq=False)
@@ -35,6 +46,7 @@ class Watch:
     progress: Progress
     emit: Emit
     unwanted: Callable[[], bool]
+    checkpoints: Checkpoints | None = None
 
     def before_step(self) -> None:
         self.progress.pace()
@@ -47,3 +59,10 @@ class Watch:
                 self.emit(StepDone(self.rank, self.request_id, step, total, reached.at))
 
         self.progress.then(report, step=True)
+
+    def checkpoint(self) -> State | None:
+        return None if self.checkpoints is None else self.checkpoints.read(self.request_id)
+
+    def keep(self, step: int, capture: Callable[[], State]) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.keep(self.request_id, step, capture, self.progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ditrelay.models.adapter import StageAdapter
 from ditrelay.runtime.pipelines_core.pipeline import Batch, StageControl
 from ditrelay.runtime.topology import Role
@@ -19,11 +21,15 @@ class DenoiseStage:
         adapter = self._adapter
         session = adapter.begin(batch.requests, batch.state)
         try:
+            if (captured := control.checkpoint()) is not None:
+                adapter.restore(session, captured)
             more = True
             while more:
                 control.before_step()
                 more = adapter.step(session)
                 control.after_step(session.steps_done, session.total_steps)
+                if more:
+                    control.keep(session.steps_done, partial(adapter.capture, session))
             batch.state = adapter.finish(session)
         finally:
             adapter.abandon(session)

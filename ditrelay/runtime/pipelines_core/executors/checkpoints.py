@@ -1,0 +1,132 @@
+"""How far the denoises of a rank are, on disk every few steps, so that after its death another process can go on.
+
+A checkpoint is a safetensors file with a JSON header. Nothing of it stalls the device: the tensors are copied into
+pinned memory on the lane's own stream, and a thread writes them once the device has done so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ditrelay.errors import CodecError, TransferCorrupt
+from ditrelay.runtime.communication.codec import decode_payload, encode_state, verify
+from ditrelay.runtime.payloads import Payload, PayloadHeader, State, StateValue
+from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
+from ditrelay.runtime.spool import Spool
+
+logger = logging.getLogger(__name__)
+
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    msgspec.DecodeError,
+    CodecError,
+    TransferCorrupt,
+    KeyError,
+    TypeError,
+    ValueError,
+)
+
+
+class Checkpoints:
+    """Those of one rank's denoises. ``read`` and ``keep`` belong to the lane's thread, ``remove`` to any.
+
+    Args:
+        spool: where the files are.
+        steps: every how many steps one is written.
+    """
+
+    def __init__(self, spool: Spool, steps: int) -> None:
+        self._spool = spool
+        self._steps = steps
+        self._refused = False
+        self._writing = threading.Event()
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+
+    def read(self, request_id: str) -> State | None:
+        """Where another process left the request; ``None`` where none did, or left a damaged file (it is removed)."""
+        file = self._spool.file(request_id)
+        if not file.exists():
+            return None
+        try:
+            state = _load(str(file), request_id)
+        except _UNREADABLE as error:
+            logger.warning("the checkpoint of request %s can't be read, so it starts over: %s", request_id, error)
+            self._spool.discard(request_id)
+            return None
+        logger.info("the denoise of request %s goes on where another process left it", request_id)
+        return state
+
+    def keep(self, request_id: str, step: int, capture: Callable[[], State], progress: Progress) -> None:
+        """Write where the request is, if it is time. On a disk that is slower than the steps, some are left out."""
+        if step % self._steps or self._refused or self._writing.is_set():
+            return
+        try:
+            state = _to_host(capture())
+        except CodecError as error:
+            self._refused = True
+            logger.warning("no checkpoints are written, so that a denoise that is interrupted starts over: %s", error)
+            return
+        self._writing.set()
+        progress.then(lambda reached: self._submit(request_id, state, reached))
+
+    def remove(self, request_id: str) -> None:
+        """The request's denoise is over: its file goes, once what is still to be written of it is."""
+        self._writer.submit(self._spool.discard, request_id)
+
+    def _submit(self, request_id: str, state: State, reached: Reached) -> None:
+        if reached.error is None:
+            self._writer.submit(self._write, request_id, state)
+
+    def _write(self, request_id: str, state: State) -> None:
+        unfinished = self._spool.unfinished(request_id)
+        try:
+            _save(str(unfinished), request_id, state)
+            os.replace(unfinished, self._spool.file(request_id))
+        except (OSError, SafetensorError, CodecError) as error:
+            logger.warning("the checkpoint of request %s could not be written: %s", request_id, error)
+            unfinished.unlink(missing_ok=True)
+        finally:
+            self._writing.clear()
+
+
+def _save(path: str, request_id: str, state: State) -> None:
+    payload = encode_state(state, batch_id=request_id, request_ids=[request_id], checksum=True)
+    tensors = {str(number): tensor for number, tensor in enumerate(payload.tensors)}
+    save_file(tensors, path, metadata={"header": msgspec.json.encode(payload.header).decode()})
+
+
+def _load(path: str, request_id: str) -> State:
+    with safe_open(path, framework="pt") as file:
+        header = msgspec.json.decode(file.metadata()["header"], type=PayloadHeader)
+        payload = Payload(header, tuple(file.get_tensor(str(number)) for number in range(len(header.tensors))))
+    if header.batch_id != request_id:
+        raise CodecError(f"it is of request {header.batch_id}")
+    verify(payload)
+    return decode_payload(payload)
+
+
+def _to_host(state: State) -> State:
+    return {name: StateValue(_copy(entry.value), entry.kwargs_type) for name, entry in state.items()}
+
+
+def _copy(value: Any) -> Any:
+    """Tensors in memory that no step writes to; those of a device are valid once it has done its part."""
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.device.type == "cpu":
+        return value.clone(memory_format=torch.contiguous_format)
+    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return pinned.copy_(value, non_blocking=True)

@@ -1,0 +1,31 @@
+"""Where denoises leave how far they are, for the process that takes over: a file a request, in the launch's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class Spool:
+    """The files of one launch. Workers write and read them, the head removes what a request leaves.
+
+    Args:
+        run_dir: the launch's folder, which only this user may enter; request ids are the head's own.
+    """
+
+    def __init__(self, run_dir: str) -> None:
+        self.folder = Path(run_dir) / "checkpoints"
+
+    def make(self) -> Spool:
+        self.folder.mkdir(exist_ok=True)
+        return self
+
+    def file(self, request_id: str) -> Path:
+        return self.folder / f"{request_id}.safetensors"
+
+    def unfinished(self, request_id: str) -> Path:
+        """What is written until it gets the name of ``file``, so that nobody reads half of one."""
+        return self.folder / f"{request_id}.tmp"
+
+    def discard(self, request_id: str) -> None:
+        for file in (self.file(request_id), self.unfinished(request_id)):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,237 @@
+"""Real processes that are killed or stopped: who is left, what is left, and how soon it is noticed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from chaos_server import Server, lives
+
+from ditrelay import Engine, SamplingParams, ServerArgs
+from ditrelay.errors import RequestFailed
+from ditrelay.runtime.run_dir import RunDir, remove
+from ditrelay.runtime.status import WorkerStatus
+
+QUICK = "builtin:timed?encode=0.01&denoise=0.06&decode=0.01&steps=3&conditioning_mb=1&latents_mb=0.1"
+HEAD = f"""
+import json, time
+from ditrelay import Engine, ServerArgs
+engine = Engine(ServerArgs(model_path={QUICK!r}, device="cpu", num_gpus=3, enable_disagg=True, warmup=False)).start()
+print(json.dumps([worker.pid for worker in engine.status().workers]), flush=True)
+time.sleep(60)
+"""
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 15.0) -> float:
+    """Seconds until it is true."""
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < seconds, f"waited {seconds} s in vain"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+class HeadProcess:
+    """An engine in a process of its own, whose temporary folder is ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        script = folder / "head.py"
+        script.write_text(HEAD)
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        self.process = subprocess.Popen(
+            [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.process.stdout is not None
+        self.workers = [psutil.Process(pid) for pid in json.loads(self.process.stdout.readline())]
+        # Workers are the forkserver's children, and that and the resource tracker are the head's.
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def left_behind(self) -> list[str]:
+        return [path.name for path in self.folder.iterdir() if path.name.startswith("ditrelay-")]
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[HeadProcess]:
+    made = HeadProcess(tmp_path)
+    yield made
+    if made.process.poll() is None:
+        made.kill()
+    for process in made.family:
+        if lives(process):
+            process.kill()
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def test_a_killed_head_leaves_no_process_no_socket_and_no_shared_memory(head: HeadProcess) -> None:
+    assert len(head.family) >= 4 and len(head.left_behind()) == 1
+    before = shared_memory()
+    head.kill()
+    wait_until(lambda: not any(lives(process) for process in head.family))
+    assert head.left_behind() == []
+    assert shared_memory() <= before
+
+
+def test_every_socket_listens_on_the_loopback_interface_only(head: HeadProcess) -> None:
+    processes = [psutil.Process(head.process.pid), *head.family]
+    sockets = [each for process in processes for each in process.net_connections("inet")]
+    listening = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_a_second_sigterm_ends_a_busy_server_at_once_and_leaves_nothing() -> None:
+    slow = QUICK.replace("denoise=0.06", "denoise=60").replace("steps=3", "steps=2")
+    flags = ["--model-path", slow, "--device", "cpu", "--enable-disagg", "--num-gpus", "2", "--no-warmup"]
+    with Server(flags) as server, ThreadPoolExecutor(1) as pool:
+        server.look()
+        waiting = pool.submit(httpx.post, f"{server.url}/v1/images/generations", json={"prompt": "a cat"}, timeout=60)
+        wait_until(lambda: httpx.get(f"{server.url}/v1/topology").json()["requests"]["running"] == 1)
+        server.process.terminate()
+        wait_until(lambda: httpx.get(f"{server.url}/ready").json()["missing"].get("engine") == ["shutting down"])
+        assert server.process.poll() is None
+        assert server.stop() == []  # sends the second one
+        assert waiting.result(10).status_code == 503
+
+
+def test_what_a_launch_leaves_that_was_killed_as_a_whole_is_removed_by_the_next(head: HeadProcess) -> None:
+    for worker in head.workers:
+        worker.suspend()  # none of them can clean up
+    head.kill()
+    for worker in head.workers:
+        worker.kill()
+    wait_until(lambda: not any(lives(process) for process in head.family))
+    assert len(head.left_behind()) == 1
+    following = RunDir(head.folder)
+    assert head.left_behind() == [following.path.name]
+    following.close()
+
+
+def test_a_launch_leaves_the_folders_of_the_living_alone(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path), RunDir(tmp_path)
+    (tmp_path / "ditrelay-of-somebody-else").mkdir()
+    third = RunDir(tmp_path)
+    assert first.path.stat().st_mode & 0o777 == 0o700
+    assert len(list(tmp_path.iterdir())) == 4
+    second.close()
+    second.close()
+    remove(str(first.path))
+    first.close()
+    third.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["ditrelay-of-somebody-else"]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    args = ServerArgs(
+        model_path=QUICK,
+        device="cpu",
+        enable_disagg=True,
+        num_gpus=3,
+        warmup=False,
+        dist_timeout=5.0,
+        log_level="error",
+    )
+    with Engine(args) as started:
+        yield started
+
+
+def worker(engine: Engine, rank: int) -> WorkerStatus:
+    return engine.status().workers[rank]
+
+
+def pid_of(engine: Engine, rank: int) -> int:
+    wait_until(lambda: engine.ready, 30)
+    pid = worker(engine, rank).pid
+    assert pid is not None
+    return pid
+
+
+def test_a_killed_worker_is_noticed_within_a_second(engine: Engine) -> None:
+    pid = pid_of(engine, 0)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: worker(engine, 0).state != "up") < 1.0
+    wait_until(lambda: engine.ready, 30)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["dit", "non_dit"])
+def test_a_stopped_worker_is_replaced_after_the_timeout_and_costs_no_request(engine: Engine, rank: int) -> None:
+    pid = pid_of(engine, rank)
+    restarts = worker(engine, 1).restarts
+    tickets = [engine.submit(SamplingParams(prompt=f"picture {i}", seed=i)) for i in range(12)]
+    time.sleep(0.1)
+    os.kill(pid, signal.SIGSTOP)
+    noticed = wait_until(lambda: worker(engine, rank).state != "up")
+    assert 2.5 < noticed < 5.0 + 1.0, "4 s, less the age of its last heartbeat"
+    assert all(ticket.result(60).media for ticket in tickets)
+    assert pid_of(engine, rank) != pid
+    assert worker(engine, 1).restarts == restarts, "a healthy rank was restarted"
+
+
+def test_a_worker_that_is_stopped_for_a_moment_is_left_alone(engine: Engine) -> None:
+    pid = pid_of(engine, 0)
+    tickets = [engine.submit(SamplingParams(prompt=f"picture {i}", seed=i)) for i in range(12)]
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.0)
+    os.kill(pid, signal.SIGCONT)
+    assert all(ticket.result(60).media for ticket in tickets)
+    assert worker(engine, 0).pid == pid
+
+
+def forkservers() -> list[psutil.Process]:
+    return [each for each in psutil.Process().children() if lives(each) and "forkserver" in " ".join(each.cmdline())]
+
+
+def test_the_death_of_the_forkserver_disturbs_no_worker_and_a_new_one_is_there_before_it_is_needed(
+    engine: Engine,
+) -> None:
+    pids = [pid_of(engine, rank) for rank in range(3)]
+    (first,) = forkservers()
+    first.kill()
+    tickets = [engine.submit(SamplingParams(prompt=f"picture {i}", seed=i)) for i in range(12)]
+    assert all(ticket.result(60).media for ticket in tickets)
+    wait_until(lambda: bool(forkservers()))
+    (second,) = forkservers()
+    assert second.pid != first.pid
+    assert [worker(engine, rank).pid for rank in range(3)] == pids
+    os.kill(pids[1], signal.SIGKILL)
+    wait_until(lambda: worker(engine, 1).pid != pids[1])
+    assert psutil.Process(pid_of(engine, 1)).ppid() == second.pid
+    assert [worker(engine, rank).pid for rank in (0, 2)] == [pids[0], pids[2]]
+
+
+def test_a_transfer_that_breaks_with_its_peer_is_no_attempt_of_its_request() -> None:
+    """Else three deaths in a row, none of them its fault, would fail a request."""
+    model = "builtin:timed?encode=0.01&denoise=0.01&decode=0.01&steps=1&conditioning_mb=100&latents_mb=0.1"
+    args = ServerArgs(model_path=model, device="cpu", enable_disagg=True, num_gpus=2, max_attempts=1, log_level="error")
+    reasons = []
+    with Engine(args) as engine:
+        for _ in range(3):
+            pid = pid_of(engine, 0)
+            tickets = [engine.submit(SamplingParams(prompt=f"picture {i}", seed=i)) for i in range(12)]
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGKILL)
+            for ticket in tickets:
+                try:
+                    ticket.result(60)
+                except RequestFailed as error:
+                    reasons.append(error.reason)
+    assert all("while it was denoised" in reason for reason in reasons), reasons
