@@ -239,13 +239,18 @@ def docs_section(results: Sequence[Record], plots: Sequence[Sequence[Path]], pag
     return "\n\n".join(parts)
 
 
+def _named(result: Record, file: Path) -> Record:
+    """Named after its file: there may be several runs of one workload."""
+    return {**result, "workload": {**result["workload"], "name": file.stem.removeprefix("serving-")}}
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("files", type=Path, nargs="+", metavar="FILE")
     arguments.add_argument("--plots", type=Path, metavar="DIR", help="draw the plots into this folder")
     arguments.add_argument("--docs", action="store_true", help="write docs/performance.md's section")
     given = arguments.parse_args()
-    results = [json.loads(file.read_text()) for file in given.files]
+    results = [_named(json.loads(file.read_text()), file) for file in given.files]
     plots = [draw_plots(result, given.plots) if given.plots else [] for result in results]
     for result in results:
         print(report(result), end="\n\n")
