@@ -35,7 +35,7 @@ HERE = Path(__file__).resolve().parent
 END_SECONDS = 5.0  # past its limit before a system's processes are killed
 SHARE_SLACK = 1.1  # a system may take so much more than its share of what is left
 PAIR_WEIGHT = 2.0  # of the pair's two systems, each beside the others' 1
-LEAST_SECONDS = 30.0  # a system has: ranks take so long to start
+LEAST_SECONDS = 45.0  # a system has: ranks with a large model take so long to start and to warm up
 
 
 @dataclass(frozen=True, kw_only=True)
