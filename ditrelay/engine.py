@@ -18,6 +18,7 @@ from PIL import Image
 from ditrelay.errors import ConfigError, EngineClosed, StartupError
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import PRELOAD
+from ditrelay.runtime.admission import Admission
 from ditrelay.runtime.launcher import LocalLauncher
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
@@ -71,7 +72,8 @@ class Engine:
         self._device_type = resolve_device(args)
         self._warm = False
         self._closing = threading.Event()
-        self._log = RequestLog(self.topology)
+        self._admission = Admission(self.topology, self.card.size_multiple, self.card.frame_multiple)
+        self._log = RequestLog(self.topology, self._admission)
         self.trace_files: TraceFiles | None = None
         self._trace_due = TraceFiles.at(args.trace).check() if args.trace else None
         self._traced_from = 0.0
@@ -157,7 +159,7 @@ class Engine:
         """Accept one request.
 
         Raises:
-            InvalidRequest: a parameter is wrong; names it.
+            InvalidRequest: a parameter is wrong, or the size is too large for the ranks' memory; names it.
             QueueFull: too many requests wait.
             EngineClosed: the engine does not run.
         """

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import msgspec
@@ -20,6 +21,7 @@ from ditrelay.errors import (
     RequestFailed,
     StartupError,
 )
+from ditrelay.models.card import load_card
 from ditrelay.runtime.messages import Heartbeat
 from ditrelay.runtime.metrics import Timings
 from ditrelay.runtime.request import SamplingParams
@@ -30,6 +32,7 @@ from ditrelay.runtime.topology import Edge
 from ditrelay.server.app import create_app
 
 DRAWN_SEED = 1234
+ADDRESS = "http://fuzz.test"
 
 
 @dataclass(frozen=True)
@@ -185,3 +188,44 @@ def post(engine: FakeEngine, **body: object) -> httpx.Response:
             return await client.post("/v1/images/generations", json=body)
 
     return asyncio.run(main())
+
+
+class CardEngine(FakeEngine):
+    """Checks parameters as the real engine does."""
+
+    model_card = load_card("builtin:emoji")
+
+    async def submit(self, params: SamplingParams) -> FakeTicket:
+        return await super().submit(self.model_card.resolve(params))
+
+
+class Server:
+    """One application whose lifespan runs, used from synchronous tests.
+
+    Attributes:
+        page: its OpenAPI page.
+    """
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._engine = engine
+        self._app = create_app(self._engine)
+        self.page: dict[str, Any] = self._app.openapi()
+        transport = httpx.ASGITransport(self._app, raise_app_exceptions=False)
+        self._client = httpx.AsyncClient(transport=transport, base_url=ADDRESS)
+        self._life = self._app.router.lifespan_context(self._app)
+        self._loop.run_until_complete(self._start())
+
+    async def _start(self) -> None:
+        await self._life.__aenter__()
+        self._engine.loaded.set()
+        await settle()
+
+    def ask(self, method: str, address: str, **how: Any) -> httpx.Response:
+        self._engine.tickets.clear()
+        return self._loop.run_until_complete(self._client.request(method, address, **how))
+
+    def close(self) -> None:
+        self._loop.run_until_complete(self._client.aclose())
+        self._loop.run_until_complete(self._life.__aexit__(None, None, None))
+        self._loop.close()

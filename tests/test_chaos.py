@@ -39,7 +39,7 @@ def test_kills_cancels_and_failures_under_load_lose_no_request() -> None:
         num_gpus=5,
         num_non_dit_ranks=2,
         sp_degree=2,
-        transfer_checksum=True,
+        verify_transfers=True,
         max_attempts=20,
         dist_timeout=10.0,
         log_level="error",

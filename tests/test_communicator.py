@@ -168,9 +168,14 @@ def test_a_header_of_impossible_length_is_refused(length: int) -> None:
         comms[0].recv_header()
 
 
-def test_bytes_that_are_no_header_are_refused() -> None:
+@pytest.mark.parametrize(
+    "rubbish",
+    [b"\7" * 5, b"\x81\xa8batch_id\xa1\xff", b"\x81\xa1x" + b"\x91" * 100_000],
+    ids=["another type", "bad UTF-8", "endless nesting"],
+)
+def test_bytes_that_are_no_header_are_refused(rubbish: bytes) -> None:
     comms = world(ONE_NON_DIT)
-    comms[3].isend_to_dit(torch.tensor([5]), dst=0)
-    comms[3].isend_to_dit(torch.full((5,), 7, dtype=torch.uint8), dst=0)
+    comms[3].isend_to_dit(torch.tensor([len(rubbish)]), dst=0)
+    comms[3].isend_to_dit(torch.tensor(list(rubbish), dtype=torch.uint8), dst=0)
     with pytest.raises(TransferCorrupt, match="3->0: no payload header"):
         comms[0].recv_header(src=3)

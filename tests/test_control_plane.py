@@ -14,15 +14,9 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ditrelay.runtime.control_plane import (
-    UNREADABLE,
-    HeadSockets,
-    WorkerSockets,
-    commands_address,
-    events_address,
-    opened,
-)
+from ditrelay.runtime.control_plane import HeadSockets, WorkerSockets, commands_address, events_address, opened
 from ditrelay.runtime.messages import Command, Drop, Encode, Heartbeat, Received, StepDone, WorkerEvent
+from ditrelay.runtime.payloads import UNREADABLE
 from ditrelay.runtime.request import Request, SamplingParams
 
 TOKEN = "0123456789abcdef" * 2

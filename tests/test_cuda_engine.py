@@ -30,7 +30,7 @@ def engines() -> Iterator[dict[str, Engine]]:
     """By backend; ``""``: one rank alone. The time-out is short: NCCL does not notice that its peer is dead."""
     made = {"": Engine(settings(num_gpus=1, enable_disagg=False))}
     for backend in BACKENDS:
-        made[backend] = Engine(settings(transfer_backend=backend, transfer_checksum=True, dist_timeout=8.0))
+        made[backend] = Engine(settings(transfer_backend=backend, verify_transfers=True, dist_timeout=8.0))
     with ExitStack() as stack:
         for engine in made.values():
             stack.callback(engine.close)

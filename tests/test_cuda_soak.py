@@ -120,7 +120,7 @@ def busy_device(device: torch.device) -> Iterator[None]:
 
 
 def checked(backend: str, requests: list[SamplingParams]) -> list[bytes]:
-    args = settings(model_path=TIMED, transfer_backend=backend, transfer_checksum=True, max_queue=len(requests))
+    args = settings(model_path=TIMED, transfer_backend=backend, verify_transfers=True, max_queue=len(requests))
     with Engine(args) as engine:
         files = [result.media for result in draw(engine, requests)]
         at_rest(engine)
@@ -157,7 +157,7 @@ def test_a_thousand_requests_leave_the_memory_as_it_was(record_property: Record)
         small = dict(height=64, width=64, num_inference_steps=2)
         return [SamplingParams(prompt=prompts[i % 4], seed=i % 8, **small) for i in range(count)]
 
-    with Engine(settings(num_gpus=4, max_queue=LATER, transfer_checksum=True)) as engine:
+    with Engine(settings(num_gpus=4, max_queue=LATER, verify_transfers=True)) as engine:
         files = [result.media for result in draw(engine, requests(WARM))]
         before, own_before = at_rest(engine), own_rss()
         assert [result.media for result in draw(engine, requests(LATER))] == [files[i % 8] for i in range(LATER)]

@@ -118,7 +118,7 @@ def test_a_transfer_that_never_arrives_is_an_error_on_the_waiting_rank() -> None
 def test_a_corrupted_transfer_is_found_by_its_checksum() -> None:
     faults = FaultPlan()
     faults.add(Edge(NON_DIT, DIT), 2, "corrupt")
-    outputs = Pair(faults, transfer_checksum=True, dist_timeout=0.5).execute("a cat")
+    outputs = Pair(faults, verify_transfers=True, dist_timeout=0.5).execute("a cat")
     assert outputs[DIT].error is not None and "checksum" in outputs[DIT].error
 
 

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 
 from ditrelay.errors import TransferError, TransferTimeout
-from ditrelay.runtime.communication.endpoint import Endpoint, Job
-from ditrelay.runtime.communication.ipc_channel import Channel, SlotHandle, dial, listen
+from ditrelay.runtime.communication import cuda_ipc_transport
+from ditrelay.runtime.communication.backends import connect_edge
+from ditrelay.runtime.communication.endpoint import Endpoint, Job, LinkDown
+from ditrelay.runtime.communication.ipc_channel import Channel, Ready, SlotHandle, dial, listen
 from ditrelay.runtime.communication.ipc_link import ReceivingLink, SendingLink
 from ditrelay.runtime.communication.store import StoreServer, connect_store
 from ditrelay.runtime.communication.transport import Early, Work
+from ditrelay.runtime.run_dir import RunDir
 from ditrelay.runtime.topology import Edge
 
 EDGE = Edge(3, 0)
 SOON = 10.0
+LISTENER = """
+import sys
+from ditrelay.runtime.communication.ipc_channel import listen
+from ditrelay.runtime.communication.store import connect_store
+listen(connect_store("127.0.0.1", int(sys.argv[1]), 60), 60, sys.argv[2])
+"""
 
 
 class Moment:
@@ -278,3 +292,54 @@ def test_an_absent_peer_is_given_up_in_time(meet: object) -> None:
     with pytest.raises((OSError, RuntimeError)):
         meet(connect_store(server.host, server.port, SOON), 0.3)
     assert time.monotonic() - began < 3.0
+
+
+def test_an_edge_is_made_in_the_launchs_folder_and_leaves_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_ipc_transport, "CudaMemory", lambda device: HostMemory())
+    server, cpu = StoreServer(), torch.device("cpu")
+
+    def make(rank: int) -> Endpoint:
+        store = connect_store(server.host, server.port, SOON)
+        return connect_edge("cuda_ipc", store, EDGE, 0, rank, device=cpu, timeout=SOON, run_dir=str(tmp_path))
+
+    with ThreadPoolExecutor(2) as pool:
+        source = pool.submit(make, EDGE.src)
+        until = time.monotonic() + SOON
+        while not list(tmp_path.glob("edge-*/*")):
+            assert time.monotonic() < until and not source.done(), "it does not listen in the launch's folder"
+            time.sleep(0.01)
+        target = pool.submit(make, EDGE.dst)
+        ends = [source.result(SOON), target.result(SOON)]
+    assert list(tmp_path.iterdir()) == []
+    for end in ends:
+        end.close("the test is over")
+
+
+def test_what_a_process_leaves_that_is_killed_while_it_waits_for_its_peer_goes_with_the_launch(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "temporary"
+    elsewhere.mkdir()
+    server, launch = StoreServer(), RunDir(tmp_path)
+    command = [sys.executable, "-c", LISTENER, str(server.port), str(launch.path)]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(elsewhere)}) as process:
+        connect_store(server.host, server.port, 60).wait(["channel"], timedelta(seconds=60))
+        process.kill()
+    assert len(list(launch.path.glob("edge-*"))) == 1, "nobody was left to remove it"
+    launch.close()
+    assert list(tmp_path.iterdir()) == [elsewhere] and list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [b"\7", b"\x94\xa5Ready\0\x90\x93\xa1\xff", b"\x92\xa5Ready" + b"\x91" * 100_000],
+    ids=["another type", "bad UTF-8", "endless nesting"],
+)
+def test_bytes_that_are_no_message_end_the_edge(rubbish: bytes) -> None:
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ends[1])
+    ends[0].send(rubbish)
+    with pytest.raises(LinkDown, match="what does not belong here"):
+        channel.receive(Ready, time.monotonic() + SOON)
+    channel.close()
+    ends[0].close()

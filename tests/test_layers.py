@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (
         1,
         (
+            "ditrelay.runtime.admission",
             "ditrelay.runtime.scheduler",
             "ditrelay.runtime.scheduling",
             "ditrelay.runtime.scheduling.*",

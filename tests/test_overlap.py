@@ -48,7 +48,7 @@ def test_many_requests_end_once_each_and_leave_nothing_behind() -> None:
         {"enable_disagg": False, "num_gpus": 2},
         {"use_async_comm": False},
         {"max_pending_transfers": 1},
-        {"transfer_checksum": True},
+        {"verify_transfers": True},
     ],
     ids=str,
 )
@@ -96,7 +96,7 @@ def test_nothing_of_a_stage_that_ran_out_of_memory_outlives_it() -> None:
 )
 def test_transfers_arranged_while_the_device_still_encodes_change_no_picture(changes: dict[str, object]) -> None:
     clean = one("picture 3", num_gpus=2)
-    with Fleet(args(transfer_checksum=True, **changes), behind=0.005) as fleet:
+    with Fleet(args(verify_transfers=True, **changes), behind=0.005) as fleet:
         ids = [fleet.submit(f"picture {i}", seed=7) for i in range(20)]
         fleet.wait()
         fleet.settle()
@@ -146,7 +146,7 @@ def test_a_transfer_fault_costs_no_request(kind: str, edge: Edge, behind: float)
     clean = one("picture 3", num_gpus=2)
     faults = FaultPlan()
     faults.add(edge, 3, kind, seconds=0.3)
-    settings = args(num_gpus=2, transfer_checksum=True, dist_timeout=1.0, stage_timeout=2.0)
+    settings = args(num_gpus=2, verify_transfers=True, dist_timeout=1.0, stage_timeout=2.0)
     with Fleet(settings, faults, behind=behind) as fleet:
         ids = [fleet.submit(f"picture {i}", seed=7) for i in range(8)]
         fleet.wait()

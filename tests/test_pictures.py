@@ -82,7 +82,7 @@ def test_one_request_alone_equals_the_oracle(oracle: list[bytes], disaggregated:
             "num_non_dit_ranks": 2,
             "num_encoder_ranks": 1,
             "num_decoder_ranks": 1,
-            "transfer_checksum": True,
+            "verify_transfers": True,
         },
     ],
     ids=["lock-step", "colocated", "encoder and decoder apart"],

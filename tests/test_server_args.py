@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -247,3 +248,9 @@ def test_flag_reads_its_value_from_text(name: str, text: str, value: object) -> 
 def test_flag_refuses_text_that_is_not_allowed(name: str, text: str) -> None:
     with pytest.raises(ConfigError, match=f"^{FLAGS[name].option}: .*allowed: "):
         FLAGS[name].parse(text)
+
+
+def test_every_flag_is_described_in_the_users_guide() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "usage.md").read_text()
+    spellings = {flag.option: (f"`{flag.option}", f"`--no-{flag.option[2:]}") for flag in FLAGS.values()}
+    assert [option for option, known in spellings.items() if not any(each in guide for each in known)] == []

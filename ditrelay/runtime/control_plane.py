@@ -18,13 +18,12 @@ import msgspec
 import zmq
 
 from ditrelay.runtime.messages import Command, LogLine, WorkerEvent
+from ditrelay.runtime.payloads import UNREADABLE
 
 logger = logging.getLogger(__name__)
 
 RECONNECT_MS = 20
 MAX_MESSAGE_BYTES = 1 << 30  # a finished clip; ZeroMQ allocates what a peer announces
-# What msgspec raises for bytes that are no message of ours.
-UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ENVELOPE = struct.Struct("<II")
 
 

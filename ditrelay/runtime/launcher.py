@@ -21,11 +21,13 @@ logger = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 0.2
 _START_LOCK = threading.Lock()
+# All ranks are of one host, so that what they listen on need not be seen from others.
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _ENVIRONMENT = {
     # With two busy ranks on two cores, two threads each made a half-second generation take twelve.
-    "cpu": {"OMP_NUM_THREADS": "1"},
+    "cpu": {"OMP_NUM_THREADS": "1", **_LOOPBACK},
     # NCCL's watchdog would end the process, or abort an edge so that its failed transfer looks complete.
-    "cuda": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"},
+    "cuda": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", **_LOOPBACK},
 }
 
 

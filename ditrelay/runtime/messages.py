@@ -115,13 +115,21 @@ Command = Encode | Send | Expect | Denoise | Decode | Drop | Release | OpenEdge 
 # ---------------------------------------------------------------- events: worker -> head
 
 
+class StageMemory(msgspec.Struct, frozen=True):
+    """Bytes that a rank held: ``idle`` before a stage, ``peak`` at most while it ran. A GPU's, on a CPU resident."""
+
+    idle: int
+    peak: int
+
+
 class WorkerUp(_Message, frozen=True, tag=True):
-    """The worker's components are loaded; it takes commands."""
+    """The worker's components are loaded; it takes commands. ``capacity``: bytes of memory there are, 0 if unknown."""
 
     rank: int
     pid: int
     at: float
     load_seconds: float = 0.0
+    capacity: int = 0
 
 
 class Heartbeat(_Message, frozen=True, tag=True):
@@ -197,6 +205,7 @@ class Encoded(_Message, frozen=True, tag=True):
     header: PayloadHeader
     began: float
     at: float
+    memory: StageMemory | None = None
 
 
 class Denoised(_Message, frozen=True, tag=True):
@@ -207,6 +216,7 @@ class Denoised(_Message, frozen=True, tag=True):
     header: PayloadHeader
     began: float
     at: float
+    memory: StageMemory | None = None
 
 
 class Decoded(_Message, frozen=True, tag=True):
@@ -221,6 +231,7 @@ class Decoded(_Message, frozen=True, tag=True):
     num_frames: int
     began: float
     at: float
+    memory: StageMemory | None = None
 
 
 class Sent(_Message, frozen=True, tag=True):
@@ -296,7 +307,7 @@ class LogLine(_Message, frozen=True, tag=True):
     text: str
 
 
-WorkerEvent = (
+FleetEvent = (
     WorkerUp
     | Heartbeat
     | EdgeUp
@@ -312,9 +323,8 @@ WorkerEvent = (
     | StageFailed
     | TransferRejected
     | Dropped
-    | WorkerFailed
-    | LogLine
 )
+WorkerEvent = FleetEvent | WorkerFailed | LogLine
 
 
 # ---------------------------------------------------------------- the head's own events and actions (never on the wire)
@@ -373,25 +383,5 @@ class Reject(_Message, frozen=True, tag=True):
     limit: int
 
 
-SchedulerEvent = (
-    Submit
-    | CancelRequest
-    | WorkerDown
-    | Tick
-    | WorkerUp
-    | Heartbeat
-    | EdgeUp
-    | EdgeFailed
-    | Started
-    | StepDone
-    | Launched
-    | Encoded
-    | Denoised
-    | Decoded
-    | Sent
-    | Received
-    | StageFailed
-    | TransferRejected
-    | Dropped
-)
+SchedulerEvent = Submit | CancelRequest | WorkerDown | Tick | FleetEvent
 Action = Command | Spawn | Kill | Finish | Reject

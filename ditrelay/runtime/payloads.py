@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 
+# What msgspec raises for bytes that are not what was asked for: it lets bad UTF-8 and deep nesting through as they are.
+UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 FieldKind = Literal["tensor", "tensors", "json"]
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 

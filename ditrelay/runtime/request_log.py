@@ -11,16 +11,19 @@ from operator import itemgetter
 from typing import Literal
 
 from ditrelay.errors import EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
+from ditrelay.runtime.admission import Admission
 from ditrelay.runtime.messages import (
     Decoded,
     Denoised,
     Encoded,
     Received,
     Sent,
+    Stage,
     StageFailed,
     Started,
     StepDone,
     WorkerEvent,
+    WorkerUp,
 )
 from ditrelay.runtime.metrics import RequestClock, Span, SpanKind
 from ditrelay.runtime.request import Request, RequestState
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 KEPT_REQUESTS = 2000  # whose spans are kept, in a few MB: what a head holds does not grow with the time that it runs
 RATE_SAMPLE = 20  # finished requests that the service rate is taken from
+_STAGE_OF: dict[type, Stage] = {Encoded: "encode", Denoised: "denoise", Decoded: "decode"}
 
 
 @dataclass
@@ -69,10 +73,12 @@ class RequestLog:
 
     Args:
         topology: tells which rank denoises, whose free time decides what transfer time is exposed.
+        admission: learns from what is observed, and is asked before a request is recorded.
     """
 
-    def __init__(self, topology: Topology) -> None:
+    def __init__(self, topology: Topology, admission: Admission | None = None) -> None:
         self._topology = topology
+        self._admission = admission or Admission(topology)
         self._entries: dict[str, _Entry] = {}
         self._lock = threading.Lock()
         self._closed: str | None = None
@@ -87,8 +93,10 @@ class RequestLog:
 
         Raises:
             EngineClosed: the engine has ended.
+            InvalidRequest: it is too large for the ranks' memory.
             QueueFull: ``limit`` requests wait already.
         """
+        self._admission.check(request.params)
         now = time.monotonic()
         with self._lock:
             if self._closed is not None:
@@ -127,7 +135,8 @@ class RequestLog:
             entry.ticket.report(Progress(request_id, state, at=time.monotonic()))
 
     def observe(self, event: WorkerEvent) -> None:
-        """Record the moments that a worker reports."""
+        """Record the moments that a worker reports, and what memory its stages took."""
+        self._learn(event)
         match event:
             case Encoded(request_id=request_id, rank=rank, began=began, at=at):
                 self._span(request_id, rank, "encode", began, at)
@@ -147,6 +156,15 @@ class RequestLog:
                 self._free_since[rank] = at
             case Started() | StepDone():
                 self._observe_denoise(event)
+
+    def _learn(self, event: WorkerEvent) -> None:
+        match event:
+            case WorkerUp(rank=rank, capacity=capacity):
+                self._admission.set_capacity(rank, capacity)
+            case Encoded() | Denoised() | Decoded():
+                entry = self._entries.get(event.request_id)
+                if entry and event.memory:
+                    self._admission.learn(event.rank, _STAGE_OF[type(event)], entry.request.params, event.memory)
 
     def _observe_denoise(self, event: Started | StepDone) -> None:
         entry = self._entries.get(event.request_id)

@@ -1,4 +1,4 @@
-"""The folder of one launch's control sockets. Nothing of it stays, whoever of the processes dies first."""
+"""The folder of one launch's sockets and checkpoints. Nothing of it stays, whoever of the processes dies first."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ class ServerArgs:
         metavar="BYTES",
         is_bytes=True,
     )
-    transfer_checksum: bool = flag(False, "Transfer", "Check a CRC-32 of every payload (for debugging).")
+    verify_transfers: bool = flag(False, "Transfer", "Check a CRC-32 of every payload (for debugging).")
 
     host: str = flag("127.0.0.1", "Server", "Address to listen on.", metavar="ADDRESS")
     port: int = flag(30000, "Server", "Port to listen on; 0: a free one.", minimum=0, maximum=65535)
@@ -127,7 +127,9 @@ class ServerArgs:
     max_total_bytes: int = flag(
         256 << 20, "Limits", "Bytes of all requests' bodies at a time.", minimum=1, metavar="BYTES", is_bytes=True
     )
-    max_attempts: int = flag(3, "Limits", "Times a request is tried when workers die under it.", minimum=1)
+    max_attempts: int = flag(
+        3, "Limits", "Times a request is tried when its worker dies or its transfer fails.", minimum=1
+    )
     checkpoint_steps: int = flag(
         0,
         "Limits",
@@ -135,9 +137,12 @@ class ServerArgs:
         minimum=0,
     )
     dist_timeout: float = seconds(
-        60.0, "For one transfer or edge set-up; a rank silent this long (at most 30) is killed."
+        60.0,
+        "For one transfer or edge set-up. A rank without heartbeats has 0.8 of it (3 to 30 s).",
     )
-    stage_timeout: float = seconds(600.0, "A stage may go without progress this long.")
+    stage_timeout: float = seconds(
+        600.0, "For a stage without progress; once it is measured, ten times that and at least --dist-timeout."
+    )
     request_timeout: float = seconds(3600.0, "For a request, from submission to end.")
     startup_timeout: float = seconds(600.0, "For the workers to start and load the model.")
     drain_timeout: float = seconds(30.0, "After the first SIGTERM, for the requests that run to end.")

@@ -10,7 +10,6 @@ import faulthandler
 import gc
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -35,6 +34,7 @@ from ditrelay.runtime.messages import Heartbeat, Shutdown, WorkerFailed, WorkerU
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
+from ditrelay.runtime.pipelines_core.executors.memory_gauge import gauge_of, resident_bytes
 from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.replica import LedAdapter, follow
@@ -92,6 +92,7 @@ class Worker:
         self._executor: DisaggregatedExecutor | None = None
         self._leader: ReplicaLeader | None = None
         self._lanes: set[Lane] = set()
+        self._gauge = gauge_of(self.device)
 
     # ------------------------------------------------------------ loading
 
@@ -168,6 +169,7 @@ class Worker:
             emit=self._sockets.emit,
             announce=early and spec.args.use_async_comm,
             checkpoints=self._checkpoints(),
+            gauge=self._gauge,
             on_broken=self.fail,
         )
 
@@ -181,8 +183,16 @@ class Worker:
         def connect(edge: Edge, generation: int) -> Transport:
             # A store client of its own: one that waits for a key is locked, and edges are made side by side.
             store = connect_store(spec.store_host, spec.store_port, timeout, spec.token)
-            backend = spec.args.transfer_backend
-            return connect_edge(backend, store, edge, generation, spec.rank, device=self.device, timeout=timeout)
+            return connect_edge(
+                spec.args.transfer_backend,
+                store,
+                edge,
+                generation,
+                spec.rank,
+                device=self.device,
+                timeout=timeout,
+                run_dir=spec.run_dir,
+            )
 
         return DisaggCommunicator(spec.rank, spec.topology.roles_of, connect, timeout, device=self.device)
 
@@ -197,7 +207,7 @@ class Worker:
 
     def _report_up(self, began: float) -> None:
         now = time.monotonic()
-        self._sockets.emit(WorkerUp(self.rank, os.getpid(), now, now - began))
+        self._sockets.emit(WorkerUp(self.rank, os.getpid(), now, now - began, self._gauge.capacity()))
 
     def _follow(self, adapter: StageAdapter) -> None:
         spec = self.spec
@@ -254,10 +264,10 @@ class Worker:
         return Heartbeat(
             self.rank,
             at,
-            rss=_rss_bytes(),
+            rss=resident_bytes(),
             device_total=torch.cuda.get_device_properties(self.device).total_memory if cuda else 0,
             device_allocated=torch.cuda.memory_allocated(self.device) if cuda else 0,
-            device_peak=torch.cuda.max_memory_allocated(self.device) if cuda else 0,
+            device_peak=self._gauge.highest() if cuda else 0,
             pending_sends=len(executor.pending_sends) if executor else 0,
             pending_recvs=len(executor.pending_recvs) if executor else 0,
             kept=loop.kept_bytes() if loop else 0,
@@ -278,8 +288,3 @@ def _open_head(pid: int) -> int | None:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return None
-
-
-def _rss_bytes() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()

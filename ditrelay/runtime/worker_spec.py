@@ -15,7 +15,7 @@ class WorkerSpec:
     rank: whose process this is.
     incarnation: how often the rank was started before; also the generation of its replica's group.
     device_type: ``cpu`` or ``cuda``; rank r of a host runs on ``cuda:r``.
-    run_dir: where the control plane's sockets are.
+    run_dir: the launch's folder: sockets, checkpoints.
     store_host, store_port: the head's TCPStore.
     head_pid: the worker ends when this process does.
     token: of this launch; messages and meeting points without it are a stranger's.

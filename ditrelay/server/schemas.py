@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from ditrelay.errors import InvalidRequest
@@ -32,7 +32,17 @@ def _check_size(size: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
-Size = Annotated[str, AfterValidator(_check_size)]
+Size = Annotated[
+    str,
+    AfterValidator(_check_size),
+    WithJsonSchema({"type": "string", "pattern": f"^(auto|{_SIZE.pattern})$"}),
+]
+
+# What every model has in common, for the OpenAPI page. It is the model's card that checks, and says what it allows.
+Prompt = Annotated[Text, WithJsonSchema({"type": "string", "minLength": 1})]
+Seed = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
+Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})]
+Strength = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
 
 
 class ImageGenerationRequest(BaseModel):
@@ -44,7 +54,7 @@ class ImageGenerationRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: Text = Field(description="What to draw.")
+    prompt: Prompt = Field(description="What to draw.")
     model: str | None = Field(None, description="The served model's name; may be left out.")
     n: int | None = Field(1, ge=1, le=10, description="Number of pictures.")
     size: Size | None = Field("auto", description="WIDTHxHEIGHT in pixels, or auto: the model's default.")
@@ -57,14 +67,14 @@ class ImageGenerationRequest(BaseModel):
     background: Literal["auto", "opaque"] | None = Field(None, description="No effect; pictures are opaque.")
     output_format: Literal["png"] | None = Field(None, description="No effect; pictures are PNG files.")
 
-    seed: int | None = Field(None, description="Picture i uses seed + i. Drawn, and returned, where it is absent.")
-    num_inference_steps: int | None = Field(None, description="Denoising steps; default: the model's.")
-    guidance_scale: float | None = Field(
+    seed: Seed | None = Field(None, description="Picture i uses seed + i. Drawn, and returned, where it is absent.")
+    num_inference_steps: Count | None = Field(None, description="Denoising steps; default: the model's.")
+    guidance_scale: Strength | None = Field(
         None, allow_inf_nan=False, description="Strength of guidance, in the units of the model's own pipeline."
     )
     negative_prompt: Text | None = Field(None, description="What to keep away from; needs guidance.")
-    height: int | None = Field(None, description="Pixels; must not contradict size.")
-    width: int | None = Field(None, description="Pixels; must not contradict size.")
+    height: Count | None = Field(None, description="Pixels; must not contradict size.")
+    width: Count | None = Field(None, description="Pixels; must not contradict size.")
 
     def sampling_params(self) -> Iterator[SamplingParams]:
         """Parameters of every picture asked for, in order.

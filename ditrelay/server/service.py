@@ -9,7 +9,7 @@ from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.problem import RESPONSES
 from ditrelay.server.schemas import Health, Model, ModelList, Readiness, TopologyState
 
-router = APIRouter(tags=["service"])
+router = APIRouter(tags=["service"], responses=RESPONSES)
 
 
 @router.get("/", include_in_schema=False)
@@ -56,7 +56,7 @@ async def list_models(context: ContextDep) -> ModelList:
     return ModelList(data=[_model(context)])
 
 
-@router.get("/v1/models/{model_id:path}", responses=RESPONSES)
+@router.get("/v1/models/{model_id:path}")
 async def get_model(model_id: str, context: ContextDep) -> Model:
     """One served model."""
     context.check_model(model_id)

@@ -17,14 +17,24 @@ Backend = Literal["torch", "cuda_ipc"]
 
 
 def connect_edge(
-    wanted: str, store: Store, edge: Edge, generation: int, rank: int, *, device: torch.device, timeout: float
+    wanted: str,
+    store: Store,
+    edge: Edge,
+    generation: int,
+    rank: int,
+    *,
+    device: torch.device,
+    timeout: float,
+    run_dir: str | None = None,
 ) -> Endpoint:
     """Make this rank's end of ``edge`` over the backend that ``wanted`` (``auto`` or a ``Backend``) stands for.
 
-    The other arguments and the errors are those of ``TorchTransport.connect``.
+    ``run_dir`` is as for ``CudaIpcTransport.connect``; the other arguments and the errors are those of
+    ``TorchTransport.connect``.
     """
-    transport = CudaIpcTransport if choose_backend(wanted, edge, device) == "cuda_ipc" else TorchTransport
-    return transport.connect(store, edge, generation, rank, device=device, timeout=timeout)
+    if choose_backend(wanted, edge, device) == "cuda_ipc":
+        return CudaIpcTransport.connect(store, edge, generation, rank, device=device, timeout=timeout, run_dir=run_dir)
+    return TorchTransport.connect(store, edge, generation, rank, device=device, timeout=timeout)
 
 
 def may_send_early(wanted: str, edges: Sequence[Edge], device: torch.device) -> bool:

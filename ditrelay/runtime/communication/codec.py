@@ -14,6 +14,7 @@ import torch
 from ditrelay.errors import CodecError, TransferCorrupt
 from ditrelay.runtime.payloads import (
     SCHEMA_VERSION,
+    UNREADABLE,
     FieldSpec,
     JsonValue,
     Payload,
@@ -159,7 +160,7 @@ def _decode_field(field: FieldSpec, rest: Iterable[torch.Tensor]) -> torch.Tenso
     if field.kind == "json":
         try:
             value: JsonValue = msgspec.json.decode(field.json)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise CodecError(f"{field.name}: its JSON data can not be read ({error})") from error
         return value
     own = [tensor for _, tensor in zip(range(field.count), rest, strict=False)]

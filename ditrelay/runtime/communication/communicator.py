@@ -12,7 +12,7 @@ import torch
 
 from ditrelay.errors import TransferCorrupt, TransferError
 from ditrelay.runtime.communication.transport import Early, Transport, Work, wait_all
-from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.payloads import UNREADABLE, PayloadHeader
 from ditrelay.runtime.topology import Edge, Role
 
 _logger = logging.getLogger(__name__)
@@ -214,7 +214,7 @@ class DisaggCommunicator:
         self.wait_work(self._irecv(edge, body, None, None))
         try:
             return msgspec.msgpack.decode(body.cpu().numpy().data, type=PayloadHeader)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise TransferCorrupt(str(edge), f"no payload header: {error}") from error
 
     # ------------------------------------------------------------ inside

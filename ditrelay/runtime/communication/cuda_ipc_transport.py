@@ -26,9 +26,19 @@ class CudaIpcTransport(Endpoint):
 
     @classmethod
     def connect(
-        cls, store: Store, edge: Edge, generation: int, rank: int, *, device: torch.device, timeout: float
+        cls,
+        store: Store,
+        edge: Edge,
+        generation: int,
+        rank: int,
+        *,
+        device: torch.device,
+        timeout: float,
+        run_dir: str | None = None,
     ) -> Self:
         """Make this rank's end; blocks until the other end is made too. Arguments and errors as ``TorchTransport``'s.
+
+        ``run_dir``: the launch's folder, where the edge's socket is until both ends have met (``ipc_channel.listen``).
 
         torch must take its memory with plain ``cudaMalloc``: expandable segments can not be exported.
         """
@@ -38,7 +48,7 @@ class CudaIpcTransport(Endpoint):
         try:
             memory = CudaMemory(device)
             if rank == edge.src:
-                link = SendingLink(listen(meeting, timeout), memory)
+                link = SendingLink(listen(meeting, timeout, run_dir), memory)
             else:
                 link = ReceivingLink(dial(meeting, timeout), memory)
         except (RuntimeError, OSError) as error:

@@ -15,6 +15,7 @@ import msgspec
 from torch._C._distributed_c10d import Store
 
 from ditrelay.runtime.communication.endpoint import LinkDown
+from ditrelay.runtime.payloads import UNREADABLE
 
 _KEY = "channel"
 _MAX_MESSAGE = 1 << 17
@@ -75,7 +76,7 @@ class Channel:
             raise LinkDown("the other end closed the edge, or its process ended")
         try:
             return msgspec.msgpack.decode(data, type=kind)
-        except msgspec.MsgspecError as error:
+        except UNREADABLE as error:
             raise LinkDown(f"the other end says what does not belong here: {error}") from error
 
     def _receive_awake(self, until: float) -> bytes | None:
@@ -99,13 +100,19 @@ class Channel:
         self._connection.close()
 
 
-def listen(meeting: Store, timeout: float) -> Channel:
+def listen(meeting: Store, timeout: float, run_dir: str | None = None) -> Channel:
     """The first end: waits for the second.
+
+    Args:
+        meeting: where the second end finds the socket's name.
+        timeout: seconds that the second end has.
+        run_dir: where the socket's folder is made, so that it goes with that where this process is killed meanwhile;
+            the system's temporary folder where there is none.
 
     Raises:
         TimeoutError: it did not come within ``timeout`` seconds.
     """
-    with tempfile.TemporaryDirectory(prefix="ditrelay-edge-") as folder, _new_socket(timeout) as listener:
+    with tempfile.TemporaryDirectory(prefix="edge-", dir=run_dir) as folder, _new_socket(timeout) as listener:
         listener.bind(f"{folder}/{_KEY}")
         listener.listen(1)
         meeting.set(_KEY, f"{folder}/{_KEY}")

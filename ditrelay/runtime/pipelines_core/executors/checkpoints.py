@@ -20,16 +20,16 @@ from safetensors.torch import save_file
 
 from ditrelay.errors import CodecError, TransferCorrupt
 from ditrelay.runtime.communication.codec import decode_payload, encode_state, verify
-from ditrelay.runtime.payloads import Payload, PayloadHeader, State, StateValue
+from ditrelay.runtime.payloads import UNREADABLE, Payload, PayloadHeader, State, StateValue
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.spool import Spool
 
 logger = logging.getLogger(__name__)
 
-_UNREADABLE = (
+_DAMAGED = (
+    *UNREADABLE,
     OSError,
     SafetensorError,
-    msgspec.DecodeError,
     CodecError,
     TransferCorrupt,
     KeyError,
@@ -60,7 +60,7 @@ class Checkpoints:
             return None
         try:
             state = _load(str(file), request_id)
-        except _UNREADABLE as error:
+        except _DAMAGED as error:
             logger.warning("the checkpoint of request %s can't be read, so it starts over: %s", request_id, error)
             self._spool.discard(request_id)
             return None

@@ -123,7 +123,7 @@ class DisaggregatedExecutor:
     def pack(self, batch: Batch) -> PayloadHeader:
         """Put the batch's state into the form that crosses an edge; its header goes ahead of the tensors."""
         ids = [request.request_id for request in batch.requests]
-        checksum = self.server_args.transfer_checksum
+        checksum = self.server_args.verify_transfers
         batch.payload = encode_state(batch.state, batch_id=batch.batch_id, request_ids=ids, checksum=checksum)
         return batch.payload.header
 

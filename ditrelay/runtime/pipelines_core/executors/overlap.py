@@ -42,6 +42,7 @@ from ditrelay.runtime.messages import (
     Send,
     Sent,
     StageFailed,
+    StageMemory,
     Started,
     TransferRejected,
     WorkerEvent,
@@ -49,6 +50,7 @@ from ditrelay.runtime.messages import (
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
+from ditrelay.runtime.pipelines_core.executors.memory_gauge import MemoryGauge
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.pipelines_core.executors.stage_run import Emit, StageRun, Watch, free_after
@@ -82,6 +84,7 @@ class OverlapLoop:
         announce: report an encode when it is launched, where its device runs behind, so that its transfer is arranged
             by the time it is done.
         checkpoints: where denoises are kept in the middle; ``None``: one that is interrupted starts over.
+        gauge: what memory each stage took; ``None``: that is not reported.
         on_broken: called when the ranks of a replica are torn apart; ends the process.
     """
 
@@ -95,6 +98,7 @@ class OverlapLoop:
         emit: Emit,
         announce: bool = False,
         checkpoints: Checkpoints | None = None,
+        gauge: MemoryGauge | None = None,
         on_broken: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._executor = executor
@@ -104,6 +108,7 @@ class OverlapLoop:
         self._emit = emit
         self._announces = announce
         self._checkpoints = checkpoints
+        self._gauge = gauge
         self._on_broken = on_broken
         self._broken = False
         self._rank = executor.rank
@@ -215,8 +220,10 @@ class OverlapLoop:
         progress.then(lambda reached: self._began(resident, run, reached))
         kept = self._checkpoints if role == "denoise" else None
         watch = Watch(self._rank, resident.request_id, progress, self._emit, lambda: resident.ending == "drop", kept)
+        idle = self._gauge.begin() if self._gauge else 0
         try:
             self._pipeline.stage(role).run(resident.batch, watch)
+            run.memory = StageMemory(idle, self._gauge.peak()) if self._gauge else None
             if role != "decode":
                 run.header = self._executor.pack(resident.batch)
             if role == "encode" and self._announces:
@@ -263,7 +270,8 @@ class OverlapLoop:
             return
         assert run.header is not None
         done = Encoded if run.role == "encode" else Denoised
-        self._release_hold(resident, done(self._rank, resident.request_id, run.header, run.began, run.at))
+        rank, request_id = self._rank, resident.request_id
+        self._release_hold(resident, done(rank, request_id, run.header, run.began, run.at, run.memory))
 
     def _make_media(self, resident: _Resident, run: StageRun) -> None:
         """On the media thread: the lane decodes the next request meanwhile."""
@@ -273,7 +281,8 @@ class OverlapLoop:
             self._fail(resident, run, error)
             return
         m, rank, request_id = resident.batch.media[0], self._rank, resident.request_id
-        event = Decoded(rank, request_id, m.data, m.media_type, m.width, m.height, m.num_frames, run.began, run.at)
+        size, moments = (m.width, m.height, m.num_frames), (run.began, run.at)
+        event = Decoded(rank, request_id, m.data, m.media_type, *size, *moments, run.memory)
         self._release_hold(resident, event, remove=True)
 
     def _fail(self, resident: _Resident, run: StageRun, error: Exception) -> None:

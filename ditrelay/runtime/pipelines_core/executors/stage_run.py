@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ditrelay.runtime.messages import StepDone, WorkerEvent
+from ditrelay.runtime.messages import StageMemory, StepDone, WorkerEvent
 from ditrelay.runtime.payloads import PayloadHeader, State
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
@@ -33,6 +33,7 @@ class StageRun:
     inputs: tuple[object, ...]
     header: PayloadHeader | None = None
     error: Exception | None = None
+    memory: StageMemory | None = None
     began: float = 0.0
     at: float = 0.0
 
