@@ -24,8 +24,11 @@ from ditrelay.runtime.status import WorkerStatus
 
 QUICK = "builtin:timed?encode=0.01&denoise=0.06&decode=0.01&steps=3&conditioning_mb=1&latents_mb=0.1"
 HEAD = f"""
-import json, time
+import dataclasses, json, time
 from ditrelay import Engine, ServerArgs
+from ditrelay.runtime.launcher import LocalLauncher
+start = LocalLauncher.start
+LocalLauncher.start = lambda self, spec: start(self, dataclasses.replace(spec, head_seconds=3.0))
 engine = Engine(ServerArgs(model_path={QUICK!r}, device="cpu", num_gpus=3, enable_disagg=True, warmup=False)).start()
 print(json.dumps([worker.pid for worker in engine.status().workers]), flush=True)
 time.sleep(60)
@@ -89,6 +92,16 @@ def test_a_killed_head_leaves_no_process_no_socket_and_no_shared_memory(head: He
     wait_until(lambda: not any(lives(process) for process in head.family))
     assert head.left_behind() == []
     assert shared_memory() <= before
+
+
+def test_the_workers_of_a_head_that_stands_still_end_and_are_started_anew_when_it_goes_on(head: HeadProcess) -> None:
+    time.sleep(4.0)  # longer than they would wait without its word
+    assert all(lives(worker) for worker in head.workers)
+    head.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: not any(lives(worker) for worker in head.workers))
+    head.process.send_signal(signal.SIGCONT)
+    forkserver = next(process for process in head.family if process.children())
+    wait_until(lambda: len(forkserver.children()) >= len(head.workers))
 
 
 def test_every_socket_listens_on_the_loopback_interface_only(head: HeadProcess) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 import zmq
 
-from ditrelay.runtime.messages import Command, LogLine, WorkerEvent
+from ditrelay.runtime.messages import Alive, Command, LogLine, WorkerEvent
 from ditrelay.runtime.payloads import UNREADABLE
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,11 @@ class HeadSockets:
         """Queue a command; one to a process that is gone vanishes (its end is an event of its own)."""
         if socket := self._commands.get(command.rank):
             socket.send_multipart((self._token, self._encoder.encode(command)), zmq.NOBLOCK)
+
+    def beat(self) -> None:
+        """Tell every worker that the head goes on."""
+        for rank in self._commands:
+            self.send(Alive(rank))
 
     def receive_all(self) -> Iterator[tuple[int, int, WorkerEvent]]:
         """What has arrived, without waiting: (rank, incarnation, event)."""

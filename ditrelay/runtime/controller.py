@@ -230,11 +230,11 @@ class Controller:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        late = list(itertools.takewhile(lambda request_id: self._deadlines[request_id] <= now, self._deadlines))
-        for request_id in late:
+        for request_id in list(itertools.takewhile(lambda each: self._deadlines[each] <= now, self._deadlines)):
             reason = f"not done within --request-timeout {self.args.request_timeout:g} s"
             self._feed(CancelRequest(request_id, reason))
         self._kill_the_silent(now)
+        self._sockets.beat()
         self._launcher.tend()
         self._feed(Tick())
         self.status = self._make_status()

@@ -109,7 +109,13 @@ class Shutdown(_Message, frozen=True, tag=True):
     rank: int
 
 
-Command = Encode | Send | Expect | Denoise | Decode | Drop | Release | OpenEdge | CloseEdge | Shutdown
+class Alive(_Message, frozen=True, tag=True):
+    """The head goes on. Comes about once a second, to a worker that still starts too; not answered."""
+
+    rank: int
+
+
+Command = Encode | Send | Expect | Denoise | Decode | Drop | Release | OpenEdge | CloseEdge | Shutdown | Alive
 
 
 # ---------------------------------------------------------------- events: worker -> head

@@ -30,7 +30,7 @@ from ditrelay.runtime.communication.replica import ReplicaLeader, ReplicaPeer
 from ditrelay.runtime.communication.store import connect_store, replica_prefix
 from ditrelay.runtime.communication.transport import Transport
 from ditrelay.runtime.control_plane import HeadLogHandler, WorkerSockets, replica_address
-from ditrelay.runtime.messages import Heartbeat, Shutdown, WorkerFailed, WorkerUp
+from ditrelay.runtime.messages import Alive, Command, Heartbeat, Shutdown, WorkerFailed, WorkerUp
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
@@ -230,21 +230,28 @@ class Worker:
             remove(self.spec.run_dir)
             return
         poller.register(head, zmq.POLLIN)
-        beat = 0.0
+        beat, heard = 0.0, time.monotonic()
         while not self._stop.is_set():
             ready = dict(poller.poll(round(HEARTBEAT_SECONDS * 250)))
             if head in ready:
                 remove(self.spec.run_dir)  # nobody else is left to do it, or to report to
                 os._exit(1)
             for command in self._sockets.receive_all():
+                heard = time.monotonic()
                 if isinstance(command, Shutdown):
                     self._shut_down()
                     return
-                assert self._loop is not None, "the head sends no work before WorkerUp"
-                self._loop.handle(command)
+                self._carry_out(command)
+            if time.monotonic() - heard > self.spec.head_seconds:
+                os._exit(1)  # nobody is there to be told why
             if time.monotonic() - beat >= HEARTBEAT_SECONDS:
                 beat = time.monotonic()
                 self._sockets.emit(self._heartbeat(beat))
+
+    def _carry_out(self, command: Command) -> None:
+        if not isinstance(command, Alive):
+            assert self._loop is not None, "the head sends no work before WorkerUp"
+            self._loop.handle(command)
 
     def _shut_down(self) -> None:
         self._stop.set()

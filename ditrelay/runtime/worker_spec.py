@@ -19,6 +19,8 @@ class WorkerSpec:
     store_host, store_port: the head's TCPStore.
     head_pid: the worker ends when this process does.
     token: of this launch; messages and meeting points without it are a stranger's.
+    head_seconds: the worker ends, too, when it has not heard of the head for so long: that is stopped, or hangs. Should
+        it go on after all, it starts the rank anew.
     """
 
     rank: int
@@ -32,3 +34,4 @@ class WorkerSpec:
     store_port: int
     head_pid: int
     token: str = field(repr=False)
+    head_seconds: float = 120.0
