@@ -24,10 +24,11 @@ from ditrelay.errors import (
 from ditrelay.models.card import load_card
 from ditrelay.runtime.messages import Heartbeat
 from ditrelay.runtime.metrics import Timings
-from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.request import RequestState, SamplingParams
 from ditrelay.runtime.scheduler import EdgeSnapshot
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus, WorkerStatus
+from ditrelay.runtime.tickets import Progress
 from ditrelay.runtime.topology import Edge
 from ditrelay.server.app import create_app
 
@@ -40,12 +41,23 @@ class FakeResult:
     request_id: str
     params: SamplingParams
     media: bytes
-    media_type: str = "image/png"
     timings: Timings = Timings(denoise=0.5, total=0.75)
 
     @property
     def seed(self) -> int:
         return self.params.seed
+
+    @property
+    def media_type(self) -> str:
+        return f"image/{self.params.output_format or 'png'}"
+
+    @property
+    def width(self) -> int:
+        return self.params.width or 128
+
+    @property
+    def height(self) -> int:
+        return self.params.height or 128
 
 
 class FakeTicket:
@@ -79,6 +91,13 @@ class FakeTicket:
 
     async def result(self, timeout: float | None = None) -> FakeResult:
         return await asyncio.shield(self._ended)
+
+    async def events(self) -> AsyncIterator[Progress]:
+        yield Progress(self.request_id, RequestState.QUEUED)
+        for step in (0, 1, 2):
+            yield Progress(self.request_id, RequestState.DENOISING, step, 2)
+        await asyncio.wait([self._ended])
+        yield Progress(self.request_id, RequestState.FAILED if self._ended.exception() else RequestState.DONE)
 
     def _end(self, error: Exception) -> None:
         if not self._ended.done():

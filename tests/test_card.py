@@ -70,6 +70,10 @@ def test_a_seed_is_drawn_where_none_is_given_and_kept_where_one_is(emoji: ModelC
         ("width", {"width": -16}, "a positive multiple of 16"),
         ("width", {"width": 1040}, "at most 1024"),
         ("height", {"height": 1024, "width": 1024}, "at most 262144 pixels"),
+        ("output_format", {"output_format": "gif"}, "allowed: png, jpeg, webp"),
+        ("output_compression", {"output_format": "webp", "output_compression": 101}, "0 to 100"),
+        ("output_compression", {"output_format": "jpeg", "output_compression": True}, "0 to 100"),
+        ("output_compression", {"output_compression": 99}, "with png, which loses nothing; allowed: 100"),
         ("num_inference_steps", {"num_inference_steps": 0}, "1 to 1000"),
         ("num_inference_steps", {"num_inference_steps": 1001}, "1 to 1000"),
         ("num_inference_steps", {"num_inference_steps": True}, "1 to 1000"),
@@ -90,6 +94,28 @@ def test_a_wrong_request_is_refused_naming_the_field_and_what_is_allowed(
         emoji.resolve(msgspec.structs.replace(SamplingParams(prompt="a cat"), **given))
     assert caught.value.param == param
     assert allowed in caught.value.reason
+
+
+def test_a_picture_is_a_png_file_unless_another_format_is_given(emoji: ModelCard) -> None:
+    assert emoji.resolve(SamplingParams(prompt="x")).output_format == "png"
+    params = SamplingParams(prompt="x", output_format="jpeg", output_compression=0)
+    assert (emoji.resolve(params).output_format, emoji.resolve(params).output_compression) == ("jpeg", 0)
+
+
+def test_a_side_that_webp_cannot_hold_is_refused(emoji: ModelCard) -> None:
+    card = msgspec.structs.replace(emoji, max_side=1 << 15, max_pixels=1 << 30)
+    params = SamplingParams(prompt="x", height=1 << 14, width=16)
+    with pytest.raises(InvalidRequest, match="output_format: webp holds at most 16383"):
+        card.resolve(msgspec.structs.replace(params, output_format="webp"))
+    assert card.resolve(params).output_format == "png"
+
+
+def test_a_video_model_takes_no_picture_format(tiny_root: Path) -> None:
+    card = load_card(str(tiny_models.build("wan", tiny_root)))
+    params = SamplingParams(prompt="x", height=32, width=32, num_frames=5)
+    assert card.resolve(params).output_format is None
+    with pytest.raises(InvalidRequest, match="output_format: this model makes MP4 clips"):
+        card.resolve(msgspec.structs.replace(params, output_format="png"))
 
 
 def test_a_video_model_names_the_nearest_allowed_number_of_frames(tiny_root: Path) -> None:

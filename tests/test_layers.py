@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime.scheduler",
             "ditrelay.runtime.scheduling",
             "ditrelay.runtime.scheduling.*",
+            "ditrelay.runtime.meters",
             "ditrelay.runtime.metrics",
             "ditrelay.runtime.timeline",
             "ditrelay.runtime.trace",

@@ -8,6 +8,8 @@ import httpx
 import pytest
 from server_fakes import FakeEngine, post, running, settle
 
+from ditrelay.runtime.server_args import ServerArgs
+
 ADDRESS = "/v1/images/generations"
 JSON = {"content-type": "application/json"}
 
@@ -50,13 +52,20 @@ def error_of(response: httpx.Response, status: int) -> dict[str, str | None]:
         ({"quality": "hd"}, "quality", "'auto' or 'standard'"),
         ({"style": "vivid"}, "style", "'natural'"),
         ({"background": "transparent"}, "background", "'auto' or 'opaque'"),
-        ({"output_format": "webp"}, "output_format", "'png'"),
+        ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
+        ({"output_compression": 101}, "output_compression", "100"),
+        ({"output_compression": "9"}, "output_compression", "integer"),
+        ({"partial_images": 4}, "partial_images", "3"),
+        ({"partial_images": 2, "stream": True}, "partial_images", "allowed: 0"),
+        ({"partial_images": 1}, "partial_images", "allowed: 0"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"stream": True, "response_format": "url"}, "response_format", "b64_json"),
         ({"seed": 1.5}, "seed", "integer"),
         ({"num_inference_steps": "8"}, "num_inference_steps", "integer"),
         ({"guidance_scale": "2"}, "guidance_scale", "number"),
         ({"size": "64x64", "height": 128}, "height", "contradicts size 64x64"),
         ({"size": "64x64", "width": 128}, "width", "contradicts size 64x64"),
-        ({"stream": True}, "stream", "num_inference_steps"),
+        ({"steps": 3}, "steps", "num_inference_steps"),
         ({"prompt": ""}, "prompt", "must not be empty"),
     ],
 )
@@ -153,12 +162,13 @@ def test_unknown_addresses_and_methods():
 
 
 def test_a_file_that_is_not_there_is_404():
-    assert error_of(fetch("GET", "/v1/files/nothing"), 404)["code"] == "file_not_found"
-    assert error_of(fetch("GET", "/v1/files/..%2f..%2fetc%2fpasswd"), 404)
+    assert error_of(fetch("GET", "/v1/images/nothing/content"), 404)["code"] == "file_not_found"
+    assert error_of(fetch("GET", "/v1/images/..%2f..%2fetc%2fpasswd/content"), 404)
 
 
-def test_a_video_model_is_refused_and_what_it_makes_is_said():
-    error = error_of(post(FakeEngine(media="video"), prompt="a cat"), 400)
+def test_a_video_model_is_refused_and_what_it_makes_is_said(tmp_path):
+    args = ServerArgs(served_model_name="tiny", output_dir=str(tmp_path))
+    error = error_of(post(FakeEngine(args, media="video"), prompt="a cat"), 400)
     assert error["param"] == "model"
     assert "'tiny' makes videos" in error["message"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import re
 
 import msgspec
 import pytest
-from server_fakes import DRAWN_SEED, FakeEngine, post, running, settle
+from server_fakes import DRAWN_SEED, CardEngine, FakeEngine, post, running, settle
 
 from ditrelay.errors import QueueFull
 from ditrelay.runtime.metrics import Timings
@@ -33,7 +34,7 @@ def test_the_default_is_an_absolute_url_and_getting_it_gives_the_png():
     async def main() -> None:
         async with running(FakeEngine()) as client:
             [picture] = (await client.post(ADDRESS, json={"prompt": "a cat", "seed": 5})).json()["data"]
-            assert picture["url"].startswith("http://pictures.test:8000/v1/files/")
+            assert re.fullmatch(r"http://pictures.test:8000/v1/images/[\w-]{32}/content", picture["url"])
             assert "b64_json" not in picture
             file = await client.get(picture["url"])
             assert file.content == b"PNG of a cat with 5"
@@ -88,13 +89,38 @@ def test_size_and_height_and_width_may_agree(fields, height, width):
         {"quality": "standard"},
         {"style": "natural"},
         {"background": "opaque"},
-        {"output_format": "png"},
+        {"output_format": None, "output_compression": None},
+        {"stream": False, "partial_images": None},
+        {"partial_images": 0},
         {"model": "tiny"},
         {"n": None, "seed": None, "response_format": None, "model": None},
     ],
 )
 def test_openai_fields_that_change_nothing_are_accepted(field):
     assert post(FakeEngine(), prompt="a cat", **field).status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_the_format_reaches_the_engine_and_the_answer_tells_it(kind):
+    async def main() -> None:
+        engine = FakeEngine()
+        async with running(engine) as client:
+            body = {"prompt": "a cat", "output_format": kind, "output_compression": 100, "size": "64x128"}
+            answer = (await client.post(ADDRESS, json=body)).json()
+            assert (answer["output_format"], answer["size"], answer["background"]) == (kind, "64x128", "opaque")
+            file = await client.get(answer["data"][0]["url"])
+            assert file.headers["content-type"] == f"image/{kind}"
+        params = engine.tickets[0].params
+        assert (params.output_format, params.output_compression) == (kind, 100)
+
+    asyncio.run(main())
+
+
+def test_a_compression_that_png_lacks_is_400():
+    response = post(CardEngine(), prompt="a cat", output_compression=50)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "output_compression"
+    assert post(CardEngine(), prompt="a cat", output_compression=50, output_format="webp").status_code == 200
 
 
 def test_requests_run_at_once():

@@ -63,7 +63,9 @@ def test_the_key_opens_and_two_of_them_do_not():
 
 def test_health_and_the_secret_addresses_of_files_need_no_key():
     assert fetch(locked(), "GET", "/health").status_code == 200
-    assert fetch(locked(), "GET", "/v1/files/nothing").status_code == 404
+    assert fetch(locked(), "GET", "/v1/images/nothing/content").status_code == 404
+    for closed in ("content", "a/b/content", "nothing/content/", "generations"):
+        assert fetch(locked(), "GET", f"/v1/images/{closed}").status_code == 401
     assert fetch(locked(), "GET", "/healthy").status_code == 401
 
 

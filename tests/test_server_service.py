@@ -125,12 +125,17 @@ def test_the_openapi_page_describes_what_is_really_sent():
     assert "HTTPValidationError" not in page["components"]["schemas"]
     assert set(page["paths"]) == {
         "/v1/images/generations",
-        "/v1/files/{file_id}",
+        "/v1/images/{file_id}/content",
+        "/v1/videos",
+        "/v1/videos/{video_id}",
+        "/v1/videos/{video_id}/content",
+        "/v1/videos/{video_id}/cancel",
         "/v1/models",
         "/v1/models/{model_id}",
         "/v1/topology",
         "/health",
         "/ready",
+        "/metrics",
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 
@@ -13,10 +13,11 @@ from ditrelay.models.folder import BUILTIN_PREFIX, ModelFolder, find_folder
 from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Family, Media, find_family
 from ditrelay.models.sizes import Sizes, sizes_of
 from ditrelay.models.timed_options import TIMED_PREFIX, TimedOptions
-from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.request import PictureFormat, SamplingParams
 
 _SEED_LIMIT = 2**63
 _DRAWN_SEED_LIMIT = 2**31  # fits any client's integer type
+_WEBP_SIDE = 16383  # the format has 14 bits for it
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +78,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
             ),
             guidance_scale=self.default_guidance_scale if params.guidance_scale is None else params.guidance_scale,
             seed=random.SystemRandom().randrange(_DRAWN_SEED_LIMIT) if params.seed is None else params.seed,
+            output_format="png" if params.output_format is None and self.media == "image" else params.output_format,
         )
         _check_prompt(self, resolved)
         _check_size(self, resolved)
@@ -85,6 +87,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         _check_range("seed", resolved.seed, 0, _SEED_LIMIT - 1)
         _check_guidance(self, params, resolved)
         _check_image(self, resolved)
+        _check_file(self, resolved)
         return resolved
 
 
@@ -262,3 +265,23 @@ def _check_image(card: ModelCard, params: SamplingParams) -> None:
         raise InvalidRequest("image", "this model starts from a picture; give a PNG or JPEG")
     if not card.needs_image and params.image is not None:
         raise InvalidRequest("image", "this model takes no picture; leave it out")
+
+
+def _check_file(card: ModelCard, params: SamplingParams) -> None:
+    kind, quality = params.output_format, params.output_compression
+    if card.media == "video":
+        for name, value in (("output_format", kind), ("output_compression", quality)):
+            if value is not None:
+                raise InvalidRequest(name, "this model makes MP4 clips; leave it out")
+        return
+    if kind not in get_args(PictureFormat):
+        raise InvalidRequest("output_format", f"{kind!r} is not allowed; allowed: {', '.join(get_args(PictureFormat))}")
+    if kind == "webp" and max(params.height or 0, params.width or 0) > _WEBP_SIDE:
+        raise InvalidRequest("output_format", f"webp holds at most {_WEBP_SIDE} pixels a side; take png or jpeg")
+    if quality is None:
+        return
+    _check_range("output_compression", quality, 0, 100)
+    if kind == "png" and quality != 100:
+        raise InvalidRequest(
+            "output_compression", f"{quality} is not allowed with png, which loses nothing; allowed: 100"
+        )

@@ -55,8 +55,7 @@ from ditrelay.runtime.worker_spec import WorkerSpec
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
-# Seconds without a heartbeat after which a worker is stopped or hangs: this share of --dist-timeout (so that it is
-# found before what is sent to it is late), but within these.
+# Silence (s) after which a worker hangs: a share of --dist-timeout, to be found before what is sent to it is late.
 HEARTBEAT_SHARE = 0.8
 HEARTBEAT_TIMEOUT = 30.0
 LEAST_HEARTBEAT_TIMEOUT = 3.0
@@ -82,8 +81,7 @@ class Controller:
 
     Args:
         args, card, topology: what to run and where.
-        launcher: starts processes.
-        device_type: ``cpu`` or ``cuda``.
+        launcher: starts processes; ``device_type``: ``cpu`` or ``cuda``.
         log: is told of every event that clients care for; called from the controller's thread.
     """
 
@@ -349,6 +347,8 @@ class Controller:
             ready=self._scheduler.ready,
             workers=tuple(self._worker_status(rank, rank in failed) for rank in range(self.topology.world_size)),
             edges=snapshot.edges,
+            units=snapshot.units,
+            readings=self._log.readings(),
             lost_roles=lost_roles(snapshot.units),
             **self._log.counts(),
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 import msgspec
+
+PictureFormat = Literal["png", "jpeg", "webp"]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +23,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         guidance_scale: strength of guidance, in the units of the model's own pipeline.
         seed: seed of the CPU noise generator, 0 <= seed < 2**63; drawn at submission when absent.
         image: an encoded picture (PNG, JPEG) to start from, for image-to-video models.
+        output_format: of a picture's file; PNG where absent. Clips are MP4 files whatever it says.
+        output_compression: quality of a JPEG or WebP file, 0 (smallest file) to 100 (the default: finest picture).
     """
 
     prompt: str
@@ -31,6 +36,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: float | None = None
     seed: int | None = None
     image: bytes | None = None
+    output_format: PictureFormat | None = None
+    output_compression: int | None = None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

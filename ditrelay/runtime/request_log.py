@@ -25,6 +25,7 @@ from ditrelay.runtime.messages import (
     WorkerEvent,
     WorkerUp,
 )
+from ditrelay.runtime.meters import Meters, Readings
 from ditrelay.runtime.metrics import RequestClock, Span, SpanKind
 from ditrelay.runtime.request import Request, RequestState
 from ditrelay.runtime.tickets import Progress, Result, Ticket
@@ -87,6 +88,7 @@ class RequestLog:
         self._decode_ends: deque[float] = deque(maxlen=RATE_SAMPLE)
         self._free_since: dict[int, float] = {}
         self._queued = 0
+        self._meters = Meters()
 
     def open(self, request: Request, ticket: Ticket, *, limit: int) -> None:
         """Record a request before it is submitted.
@@ -126,17 +128,22 @@ class RequestLog:
 
     # ------------------------------------------------------------ called by the controller
 
+    def readings(self) -> Readings:
+        return self._meters.read()
+
     def state_changed(self, request_id: str, state: RequestState) -> None:
         entry = self._entries.get(request_id)
         if entry and not state.ended:  # the end is reported with its result, by ``finish``
             with self._lock:
                 self._queued += (state is RequestState.QUEUED) - (entry.state is RequestState.QUEUED)
+            self._meters.moved(entry.state, state)
             entry.state = state
             entry.ticket.report(Progress(request_id, state, at=time.monotonic()))
 
     def observe(self, event: WorkerEvent) -> None:
         """Record the moments that a worker reports, and what memory its stages took."""
         self._learn(event)
+        self._meters.observe(event)
         match event:
             case Encoded(request_id=request_id, rank=rank, began=began, at=at):
                 self._span(request_id, rank, "encode", began, at)
@@ -185,6 +192,7 @@ class RequestLog:
         now = time.monotonic()
         if outcome == "done":
             result = _result(entry, now)
+            self._meters.finished(result.timings)
             logger.info("Request completed in %.2f seconds", result.timings.total)
             entry.ticket.succeed(result, now)
         elif outcome == "cancelled":

@@ -35,6 +35,7 @@ from ditrelay.runtime.messages import (
     Received,
     SchedulerEvent,
     Sent,
+    Stage,
     StageFailed,
     Started,
     StepDone,
@@ -49,7 +50,7 @@ from ditrelay.runtime.scheduling.flow import Flow
 from ditrelay.runtime.scheduling.ledger import Ledger, OnState
 from ditrelay.runtime.scheduling.liveness import Liveness
 from ditrelay.runtime.scheduling.recovery import Recovery
-from ditrelay.runtime.scheduling.state import EdgeState, SchedulerConfig, UnitState, UnitStatus
+from ditrelay.runtime.scheduling.state import EdgeState, SchedulerConfig, Station, UnitState, UnitStatus
 from ditrelay.runtime.topology import Edge, Topology, Unit
 
 __all__ = ["EdgeSnapshot", "Scheduler", "SchedulerConfig", "SchedulerSnapshot", "UnitSnapshot"]
@@ -60,7 +61,10 @@ WorkerState = Literal["starting", "up", "down"]
 
 @dataclass(frozen=True)
 class UnitSnapshot:
-    """One unit: its life, its requests in counts, and the bytes of products that it has (held or kept for recovery)."""
+    """One unit: its life, its requests in counts, and the bytes of products that it has (held or kept for recovery).
+
+    ``stalled`` are the stages that have work here and no credit for what they would make of it.
+    """
 
     unit: Unit
     state: UnitStatus
@@ -72,6 +76,7 @@ class UnitSnapshot:
     reserved: int
     load: int
     kept_bytes: int
+    stalled: tuple[Stage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ class Scheduler:
 
     def snapshot(self) -> SchedulerSnapshot:
         ledger = self._ledger
-        units = tuple(_unit_snapshot(unit) for unit in ledger.units.values())
+        units = tuple(_unit_snapshot(unit, bool(ledger.queue)) for unit in ledger.units.values())
         states = Counter(record.state for record in ledger.records.values())
         return SchedulerSnapshot(
             units=units,
@@ -199,7 +204,7 @@ class Scheduler:
         return f"<Scheduler {fleet}; {requests or 'no requests'}; ended: {ended}>"
 
 
-def _unit_snapshot(unit: UnitState) -> UnitSnapshot:
+def _unit_snapshot(unit: UnitState, queued: bool) -> UnitSnapshot:
     stations = unit.stations.values()
     return UnitSnapshot(
         unit=unit.unit,
@@ -212,7 +217,13 @@ def _unit_snapshot(unit: UnitState) -> UnitSnapshot:
         reserved=sum(station.reserved for station in stations),
         load=unit.load,
         kept_bytes=sum(station.kept for station in stations),
+        stalled=tuple(station.stage for station in stations if _is_stalled(station, queued)),
     )
+
+
+def _is_stalled(station: Station, queued: bool) -> bool:
+    has_work = queued if station.stage == "encode" else bool(station.waiting)
+    return station.unit.status == "up" and has_work and not station.may_produce
 
 
 def _edge_snapshot(edge: EdgeState) -> EdgeSnapshot:

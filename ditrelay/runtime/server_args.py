@@ -120,6 +120,24 @@ class ServerArgs:
         suffix=".json",
     )
 
+    output_dir: str = flag(
+        "outputs", "Jobs", "Folder of the videos and of the job store; one server at a time.", metavar="FOLDER"
+    )
+    job_store: str | None = flag(
+        None,
+        "Jobs",
+        "SQLAlchemy URL of a database for this server's jobs; SQLite in --output-dir where it isn't given.",
+        metavar="URL",
+        secret=True,
+    )
+    max_jobs: int = flag(10_000, "Jobs", "Videos that may be queued; past it a request is refused.", minimum=1)
+    job_retention: float = flag(
+        7 * 24 * 3600.0, "Jobs", "For a video and its job to be kept after its end.", above=0, metavar="SECONDS"
+    )
+    max_output_bytes: int = flag(
+        100 << 30, "Jobs", "Bytes of all videos kept; past it the oldest go.", minimum=1, metavar="BYTES", is_bytes=True
+    )
+
     max_queue: int = flag(256, "Limits", "Requests that may wait; past it a request is refused.", minimum=1)
     max_request_bytes: int = flag(
         1 << 20, "Limits", "Bytes of one request's body.", minimum=1, metavar="BYTES", is_bytes=True

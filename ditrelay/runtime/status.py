@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ditrelay.runtime.messages import Heartbeat
+from ditrelay.runtime.meters import Readings
 from ditrelay.runtime.scheduler import EdgeSnapshot, UnitSnapshot
 from ditrelay.runtime.topology import Role
 
@@ -42,8 +43,10 @@ class EngineStatus:
 
     Attributes:
         edges: every directed edge between two units.
+        units: every unit: its requests in counts.
         lost_roles: roles that no rank can ever compute again, with the reason.
         retry_after: seconds after which a client that is turned away should come back, by the measured rate.
+        readings: counts and histograms since the start.
     """
 
     ready: bool
@@ -54,8 +57,10 @@ class EngineStatus:
     failed: int = 0
     cancelled: int = 0
     edges: tuple[EdgeSnapshot, ...] = ()
+    units: tuple[UnitSnapshot, ...] = ()
     lost_roles: tuple[tuple[Role, str], ...] = ()
     retry_after: int = 1
+    readings: Readings = field(default_factory=Readings)
 
     def with_ready(self, ready: bool) -> EngineStatus:
         return replace(self, ready=ready)

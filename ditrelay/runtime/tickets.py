@@ -31,7 +31,7 @@ class Result:
     """A finished picture or clip.
 
     Attributes:
-        media: the file's bytes, PNG or MP4 as ``media_type`` says.
+        media: the file's bytes, in the format that ``media_type`` names.
         params: every parameter as it was used, the seed among them.
         timings: where the time went.
     """
@@ -53,7 +53,7 @@ class Result:
     @property
     def image(self) -> Image.Image:
         """The picture, decoded. Raises ``ValueError`` for a clip."""
-        if self.media_type != "image/png":
+        if not self.media_type.startswith("image/"):
             raise ValueError(f"request {self.request_id} made a clip ({self.media_type}); use .media or .save()")
         return Image.open(io.BytesIO(self.media))
 

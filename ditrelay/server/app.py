@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from ditrelay._version import __version__
 from ditrelay.errors import ConfigError, DitrelayError
 from ditrelay.runtime import logs
-from ditrelay.server import images, problem, service
+from ditrelay.server import images, metrics, problem, service, videos
 from ditrelay.server.context import Context
 from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit
 
@@ -47,7 +47,7 @@ def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException]
     app = FastAPI(
         title="ditrelay",
         version=__version__,
-        description="Pictures from diffusion transformers, by OpenAI's image API.",
+        description="Pictures and videos from diffusion transformers, by OpenAI's API.",
         lifespan=_lifespan(context, on_failed_start),
         middleware=_middleware(context),
         redirect_slashes=False,
@@ -56,7 +56,9 @@ def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException]
     app.state.context = context
     problem.install(app)
     app.include_router(images.router)
+    app.include_router(videos.router)
     app.include_router(service.router)
+    app.include_router(metrics.router)
     return app
 
 
@@ -90,7 +92,7 @@ def _lifespan(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(context.engine.start())
+        starting = asyncio.create_task(context.start())
         starting.add_done_callback(start_ended)
         try:
             yield

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from ditrelay.server.files import FileStore
+from ditrelay.server.jobs import Jobs
 from ditrelay.server.problem import model_not_found, not_ready, role_lost, shutting_down
 from ditrelay.server.schemas import EdgeState, RankState, Readiness, RequestCounts, TopologyState
 
@@ -27,6 +28,7 @@ class Context:
     Attributes:
         engine: does the work.
         files: pictures to be fetched by address.
+        jobs: videos to be made; ``None`` for models that make pictures, and before the store is open.
         started: the engine's start is complete. Stays true while a lost worker is replaced: requests wait then.
         draining: the end has begun: no request is taken any more.
         closing: nor is any that runs brought to its end.
@@ -36,6 +38,7 @@ class Context:
 
     engine: AsyncEngine
     files: FileStore = field(default_factory=FileStore)
+    jobs: Jobs | None = None
     started: bool = False
     draining: bool = False
     closing: bool = False
@@ -47,9 +50,24 @@ class Context:
     def model_name(self) -> str:
         return self.engine.args.model_name
 
+    async def start(self) -> AsyncEngine:
+        """Open the job store, where the model makes videos, and start the engine.
+
+        Raises:
+            ConfigError, StartupError: one of the two is not possible.
+        """
+        if self.engine.card.media == "video":
+            self.jobs = await Jobs.open(self.engine)
+        await self.engine.start()
+        if self.jobs is not None:
+            self.jobs.start()
+        return self.engine
+
     async def close(self) -> None:
-        """Close the engine; its requests that run end now."""
+        """Close the engine; its requests that run end now, and jobs go on with the next server."""
         self.draining = self.closing = True
+        if self.jobs is not None:
+            await self.jobs.close()
         await self.engine.close()
 
     @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping
 from urllib.parse import quote
@@ -17,11 +18,11 @@ from ditrelay.server.problem import unauthorized
 logger = logging.getLogger(__name__)
 
 # Asked for every second or so by what watches the server.
-_POLLED = frozenset({"/health", "/ready"})
+_POLLED = frozenset({"/health", "/ready", "/metrics"})
 
 # Open to all: what watches the server has no key, and the address of a file is a secret of its own.
 _OPEN_PATH = "/health"
-_OPEN_FOLDER = "/v1/files/"
+_OPEN_FILE = re.compile("/v1/images/[^/]+/content")
 
 # Read and thrown away, at most, of a body that is too large.
 _DRAINED_BYTES = 64 << 20
@@ -73,7 +74,7 @@ class ApiKey:
 
 
 def _is_open(path: str) -> bool:
-    return path == _OPEN_PATH or path.startswith(_OPEN_FOLDER)
+    return path == _OPEN_PATH or _OPEN_FILE.fullmatch(path) is not None
 
 
 class BodyLimit:

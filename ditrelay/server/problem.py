@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from ditrelay.errors import DitrelayError, EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
 from ditrelay.server.schemas import Error, ErrorResponse, ImageGenerationRequest
@@ -90,7 +91,22 @@ def shorten(text: str, limit: int = 80) -> str:
 
 def install(app: FastAPI) -> None:
     """Answer every exception that leaves a route in OpenAI's form."""
-    describers: dict[type[Exception], Callable[[Request, Any], ApiError]] = {
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return describe(request, error).response()
+
+    for kind in _describers():
+        app.add_exception_handler(kind, handle)
+
+
+def describe(request: Request, error: Exception) -> ApiError:
+    """``error`` as a client may see it."""
+    describers = _describers()
+    return next(describers[kind] for kind in type(error).__mro__ if kind in describers)(request, error)
+
+
+def _describers() -> dict[type[Exception], Callable[[Request, Any], ApiError]]:
+    return {
         ApiError: lambda request, error: error,
         InvalidRequest: _invalid_request,
         QueueFull: _queue_full,
@@ -101,15 +117,6 @@ def install(app: FastAPI) -> None:
         HTTPException: _http_error,
         Exception: _unexpected,
     }
-    for kind, describe in describers.items():
-        app.add_exception_handler(kind, _handler(describe))
-
-
-def _handler(describe: Callable[[Request, Any], ApiError]) -> Callable[[Request, Exception], Any]:
-    async def handle(request: Request, error: Exception) -> JSONResponse:
-        return describe(request, error).response()
-
-    return handle
 
 
 def _invalid_request(request: Request, error: InvalidRequest) -> ApiError:
@@ -147,7 +154,17 @@ def _http_error(request: Request, error: HTTPException) -> ApiError:
         429: (error.detail, "too_many_bytes"),
     }.get(error.status_code, (error.detail, None))
     kind = "rate_limit_error" if error.status_code == 429 else INVALID
-    return ApiError(error.status_code, message, type=kind, code=code, headers=error.headers)
+    headers = _allow(request, error) if error.status_code == 405 else error.headers
+    return ApiError(error.status_code, message, type=kind, code=code, headers=headers)
+
+
+def _allow(request: Request, error: HTTPException) -> dict[str, str]:
+    """All methods of the address: the router names those of the first route only."""
+    methods = set((error.headers or {}).get("Allow", "").split(", ")) - {""}
+    for path, operations in request.app.openapi()["paths"].items():
+        if compile_path(path)[0].match(request.url.path):
+            methods |= {method.upper() for method in operations}
+    return {"Allow": ", ".join(sorted(methods))}
 
 
 def _schema_refused(request: Request, error: RequestValidationError) -> ApiError:

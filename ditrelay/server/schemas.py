@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.metrics import Timings
-from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.request import PictureFormat, SamplingParams
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
@@ -48,7 +48,7 @@ Strength = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
 class ImageGenerationRequest(BaseModel):
     """OpenAI's image generation request, and what it lacks: seed, steps, guidance, negative prompt, height, width.
 
-    ``quality``, ``style``, ``background`` and ``output_format`` are taken only at values that ask for nothing which
+    ``quality``, ``style``, ``background`` and ``partial_images`` are taken only at values that ask for nothing which
     this server does not do. A field set to ``null`` counts as absent.
     """
 
@@ -65,7 +65,14 @@ class ImageGenerationRequest(BaseModel):
     quality: Literal["auto", "standard"] | None = Field(None, description="No effect; see num_inference_steps.")
     style: Literal["natural"] | None = Field(None, description="No effect; prompts are never rewritten.")
     background: Literal["auto", "opaque"] | None = Field(None, description="No effect; pictures are opaque.")
-    output_format: Literal["png"] | None = Field(None, description="No effect; pictures are PNG files.")
+    output_format: PictureFormat | None = Field("png", description="Format of the picture's file.")
+    output_compression: int | None = Field(
+        None, ge=0, le=100, description="Quality of a jpeg or webp file, 0 (smallest file) to 100, the default."
+    )
+    stream: bool | None = Field(
+        False, description="Answer with server-sent events: progress, and each picture as b64_json when it is finished."
+    )
+    partial_images: int | None = Field(None, ge=0, le=3, description="Only 0: this server makes no previews.")
 
     seed: Seed | None = Field(None, description="Picture i uses seed + i. Drawn, and returned, where it is absent.")
     num_inference_steps: Count | None = Field(None, description="Denoising steps; default: the model's.")
@@ -75,6 +82,20 @@ class ImageGenerationRequest(BaseModel):
     negative_prompt: Text | None = Field(None, description="What to keep away from; needs guidance.")
     height: Count | None = Field(None, description="Pixels; must not contradict size.")
     width: Count | None = Field(None, description="Pixels; must not contradict size.")
+
+    def check_stream(self) -> None:
+        """What a stream cannot give is refused before anything is drawn.
+
+        Raises:
+            InvalidRequest: previews are asked for, or addresses in a stream.
+        """
+        if self.partial_images:
+            reason = "previews are not made by this server; allowed: 0 (with stream, every step is told as an event)"
+            raise InvalidRequest("partial_images", f"{self.partial_images}: {reason}")
+        if self.stream and self.response_format == "url" and "response_format" in self.model_fields_set:
+            raise InvalidRequest(
+                "response_format", "a stream holds the files themselves; allowed with stream: b64_json"
+            )
 
     def sampling_params(self) -> Iterator[SamplingParams]:
         """Parameters of every picture asked for, in order.
@@ -92,6 +113,8 @@ class ImageGenerationRequest(BaseModel):
                 num_inference_steps=self.num_inference_steps,
                 guidance_scale=self.guidance_scale,
                 seed=None if self.seed is None else self.seed + index,
+                output_format=self.output_format,
+                output_compression=self.output_compression,
             )
 
     def as_written(self, error: InvalidRequest) -> InvalidRequest:
@@ -125,6 +148,51 @@ class ImagesResponse(BaseModel):
 
     created: int = Field(description="Unix time in seconds.")
     data: list[Picture]
+    background: Literal["opaque"] = "opaque"
+    output_format: str = Field(description="png, jpeg or webp.")
+    size: str = Field(description="WIDTHxHEIGHT in pixels.")
+
+
+class ImageProgress(BaseModel):
+    """An event of a streamed request (not OpenAI's): one of its pictures came further."""
+
+    type: Literal["image_generation.progress"] = "image_generation.progress"
+    index: int = Field(description="Which of the n pictures, from 0.")
+    state: str = Field(description="queued, encoding, denoising, decoding, or a place between two of them.")
+    step: int = Field(description="Denoising steps that are done.")
+    total_steps: int = Field(description="0 before the denoise begins.")
+
+
+class TextAndImageTokens(BaseModel):
+    """Part of ``NoUsage``."""
+
+    text_tokens: Literal[0] = 0
+    image_tokens: Literal[0] = 0
+
+
+class NoUsage(BaseModel):
+    """OpenAI's clients expect a count of tokens; here nothing is counted in tokens."""
+
+    input_tokens: Literal[0] = 0
+    input_tokens_details: TextAndImageTokens = TextAndImageTokens()
+    output_tokens: Literal[0] = 0
+    total_tokens: Literal[0] = 0
+
+
+class ImageCompleted(BaseModel):
+    """OpenAI's last event for a picture of a streamed request, with ditrelay's index, seed and timings."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    created_at: int = Field(description="Unix time in seconds.")
+    size: str = Field(description="WIDTHxHEIGHT in pixels.")
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: str = Field(description="png, jpeg or webp.")
+    usage: NoUsage = NoUsage()
+    index: int = Field(description="Which of the n pictures, from 0.")
+    seed: int = Field(description="The seed that draws this picture again.")
+    timings: Timings = Field(description="Seconds in each stage and transfer.")
 
 
 class Model(BaseModel):
@@ -220,3 +288,9 @@ class ErrorResponse(BaseModel):
     """OpenAI's error form."""
 
     error: Error
+
+
+class ErrorEvent(ErrorResponse):
+    """The last event of a streamed request that failed after its first event."""
+
+    type: Literal["error"] = "error"

@@ -22,10 +22,12 @@ async def index(context: ContextDep) -> dict[str, str | list[str]]:
         "docs": "/docs",
         "endpoints": [
             "POST /v1/images/generations",
+            "POST /v1/videos",
             "GET /v1/models",
             "GET /v1/topology",
             "GET /health",
             "GET /ready",
+            "GET /metrics",
         ],
     }
 

@@ -1,4 +1,4 @@
-"""Pixels become files: PNG for a picture, MP4 (H.264) for a clip."""
+"""Pixels become files: PNG, JPEG or WebP for a picture, MP4 (H.264) for a clip."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from ditrelay.runtime.request import PictureFormat
+
 if TYPE_CHECKING:
     from ditrelay.models.adapter import Frames
 
 PNG_LEVEL = 3  # a 1024x1024 picture in a third of level 6's time, 5% larger
+FULL_COLOUR = 90  # from this JPEG quality on every pixel keeps its own colour; below, four share one
 
 
 @dataclass(frozen=True)
 class Media:
-    """One finished file. ``media_type`` is ``image/png`` or ``video/mp4``; sizes in pixels."""
+    """One finished file. ``media_type`` is ``image/png`` (``jpeg``, ``webp``) or ``video/mp4``; sizes in pixels."""
 
     data: bytes
     media_type: str
@@ -26,19 +29,29 @@ class Media:
     num_frames: int
 
 
-def encode_media(frames: Frames, *, fps: int = 0) -> Media:
+def encode_media(frames: Frames, *, fps: int = 0, kind: PictureFormat = "png", quality: int = 100) -> Media:
     """The file of ``frames``, uint8 [frames, height, width, 3]: a clip of ``fps`` frames a second, or with 0 a picture.
 
     A clip whose height or width is odd is refused by H.264's 4:2:0 layout; ditrelay's size rules exclude it.
+
+    Args:
+        kind: format of a picture's file.
+        quality: of a JPEG or WebP file, 0 to 100; a PNG file loses nothing.
     """
     num_frames, height, width, _ = frames.shape
-    data = _mp4(frames, fps) if fps else _png(frames)
-    return Media(data, "video/mp4" if fps else "image/png", width, height, num_frames)
+    data = _mp4(frames, fps) if fps else _picture(frames, kind, quality)
+    return Media(data, "video/mp4" if fps else f"image/{kind}", width, height, num_frames)
 
 
-def _png(frames: Frames) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(frames[0]).save(buffer, "PNG", compress_level=PNG_LEVEL)
+def _picture(frames: Frames, kind: PictureFormat, quality: int) -> bytes:
+    buffer, image = io.BytesIO(), Image.fromarray(frames[0])
+    match kind:
+        case "png":
+            image.save(buffer, "PNG", compress_level=PNG_LEVEL)
+        case "jpeg":
+            image.save(buffer, "JPEG", quality=quality, subsampling="4:4:4" if quality >= FULL_COLOUR else "4:2:0")
+        case "webp":
+            image.save(buffer, "WEBP", quality=quality)
     return buffer.getvalue()
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ditrelay.models.adapter import StageAdapter
-from ditrelay.runtime.pipelines_core.media import encode_media
+from ditrelay.runtime.pipelines_core.media import Media, encode_media
 from ditrelay.runtime.pipelines_core.pipeline import Batch, StageControl
+from ditrelay.runtime.request import SamplingParams
 from ditrelay.runtime.topology import Role
+
+if TYPE_CHECKING:
+    from ditrelay.models.adapter import Frames
 
 
 class DecodeStage:
@@ -22,5 +28,11 @@ class DecodeStage:
         batch.state = {}
 
     def finish(self, batch: Batch) -> None:
-        batch.media = tuple(encode_media(frames, fps=self._fps) for frames in batch.frames)
+        batch.media = tuple(
+            self._file(request.params, frames) for request, frames in zip(batch.requests, batch.frames, strict=True)
+        )
         batch.frames = ()
+
+    def _file(self, params: SamplingParams, frames: Frames) -> Media:
+        quality = 100 if params.output_compression is None else params.output_compression
+        return encode_media(frames, fps=self._fps, kind=params.output_format or "png", quality=quality)

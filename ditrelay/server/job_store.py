@@ -1,0 +1,228 @@
+"""Jobs that outlive the process: one row each in a database, SQLite or whatever SQLAlchemy reaches. No torch here."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import sqlalchemy as sa
+
+from ditrelay.errors import ConfigError
+
+
+class JobState(enum.StrEnum):
+    """Where a job is; the last three are ends."""
+
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self not in _OPEN
+
+
+_OPEN = (JobState.QUEUED, JobState.IN_PROGRESS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One row.
+
+    Attributes:
+        id: public name, of our own making.
+        model: the name of the model that it is for.
+        params: the parameters as they were resolved, JSON.
+        fingerprint: tells two requests with one ``idempotency_key`` apart.
+        created, started, completed: Unix time in seconds; ``completed`` is when it ended, however it ended.
+        error: why it failed.
+        file_name: the output, in the output folder; empty before there is one.
+        nbytes: size of the output.
+        seq: order of submission; the database counts it.
+    """
+
+    id: str
+    model: str
+    params: dict[str, Any]
+    state: JobState = JobState.QUEUED
+    created: float
+    started: float | None = None
+    completed: float | None = None
+    idempotency_key: str | None = None
+    fingerprint: str = ""
+    error: str | None = None
+    file_name: str = ""
+    nbytes: int = 0
+    seq: int = 0
+
+
+_JOBS = sa.Table(
+    "ditrelay_jobs",
+    sa.MetaData(),
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(64), unique=True, nullable=False),
+    sa.Column("model", sa.Text, nullable=False),
+    sa.Column("params", sa.JSON, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("created", sa.Float(53), nullable=False),
+    sa.Column("started", sa.Float(53)),
+    sa.Column("completed", sa.Float(53)),
+    sa.Column("idempotency_key", sa.String(255), unique=True),
+    sa.Column("fingerprint", sa.String(64), nullable=False),
+    sa.Column("error", sa.Text),
+    sa.Column("file_name", sa.String(128), nullable=False),
+    sa.Column("nbytes", sa.BigInteger, nullable=False),
+    sqlite_autoincrement=True,  # a number is not given again after a deletion: pages stay in order
+)
+_NAMES = tuple(field.name for field in fields(Job))
+
+
+class JobStore:
+    """The jobs of one server. Every method blocks on the database: call none on an event loop's thread.
+
+    A change of state is one conditional UPDATE, so a job ends once, whoever races for its end.
+
+    Args:
+        url: an SQLAlchemy URL.
+        clock: Unix time in seconds.
+
+    Raises:
+        ConfigError: the database cannot be opened.
+    """
+
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        try:
+            self._engine = sa.create_engine(url)
+            if self._engine.dialect.name == "sqlite":
+                sa.event.listen(self._engine, "connect", _on_connect)
+            _JOBS.metadata.create_all(self._engine)
+        except (sa.exc.SQLAlchemyError, ImportError) as error:
+            # Without the URL, which may hold a password.
+            reason = str(error).splitlines()[0]
+            raise ConfigError("--job-store", f"{reason}; allowed: an SQLAlchemy URL that can be opened") from error
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def add(self, job: Job, *, limit: int) -> Job | None:
+        """Keep a new job; ``None`` where ``limit`` jobs are queued already.
+
+        Returns:
+            The job as it is kept, or the older one that has its idempotency key.
+        """
+        values = {name: getattr(job, name) for name in _NAMES if name != "seq"}
+        try:
+            with self._engine.begin() as connection:
+                if older := self._by_key(connection, job.idempotency_key):
+                    return older
+                waiting = sa.select(sa.func.count()).where(_JOBS.c.state == JobState.QUEUED)
+                if connection.execute(waiting).scalar_one() >= limit:
+                    return None
+                connection.execute(_JOBS.insert().values(values))
+                return _one(connection, _JOBS.c.id == job.id)
+        except sa.exc.IntegrityError:  # another thread was faster with the same key
+            with self._engine.connect() as connection:
+                if older := self._by_key(connection, job.idempotency_key):
+                    return older
+            raise
+
+    def _by_key(self, connection: sa.Connection, key: str | None) -> Job | None:
+        return None if key is None else _one(connection, _JOBS.c.idempotency_key == key)
+
+    def find(self, key: str) -> Job | None:
+        """The job of that idempotency key."""
+        with self._engine.connect() as connection:
+            return self._by_key(connection, key)
+
+    def get(self, job_id: str) -> Job | None:
+        with self._engine.connect() as connection:
+            return _one(connection, _JOBS.c.id == job_id)
+
+    def page(self, *, limit: int, after: Job | None = None, oldest_first: bool = False) -> list[Job]:
+        """Up to ``limit`` jobs by submission, those behind ``after``."""
+        seq = _JOBS.c.seq
+        query = sa.select(_JOBS).order_by(seq if oldest_first else seq.desc()).limit(limit)
+        if after is not None:
+            query = query.where(seq > after.seq if oldest_first else seq < after.seq)
+        return self._all(query)
+
+    def queued(self, model: str, limit: int) -> list[Job]:
+        """The jobs of one model to be done next, in the order of submission."""
+        mine = sa.and_(_JOBS.c.state == JobState.QUEUED, _JOBS.c.model == model)
+        return self._all(sa.select(_JOBS).where(mine).order_by(_JOBS.c.seq).limit(limit))
+
+    def interrupted(self) -> list[Job]:
+        """Jobs in progress: at a start, those that the last server has left."""
+        return self._all(sa.select(_JOBS).where(_JOBS.c.state == JobState.IN_PROGRESS).order_by(_JOBS.c.seq))
+
+    def start(self, job_id: str) -> bool:
+        """Whether the job was queued, and is in progress now."""
+        return self._move(job_id, (JobState.QUEUED,), state=JobState.IN_PROGRESS, started=self._clock())
+
+    def requeue(self, job_id: str) -> bool:
+        return self._move(job_id, (JobState.IN_PROGRESS,), state=JobState.QUEUED, started=None)
+
+    def complete(self, job_id: str, file_name: str, nbytes: int) -> bool:
+        """Whether this call ended the job; false where it was cancelled or deleted before."""
+        ended = {"state": JobState.COMPLETED, "completed": self._clock(), "file_name": file_name, "nbytes": nbytes}
+        return self._move(job_id, (JobState.IN_PROGRESS,), **ended)
+
+    def fail(self, job_id: str, error: str) -> bool:
+        """As ``complete``."""
+        return self._move(job_id, _OPEN, state=JobState.FAILED, completed=self._clock(), error=error)
+
+    def cancel(self, job_id: str) -> bool:
+        """As ``complete``."""
+        return self._move(job_id, _OPEN, state=JobState.CANCELLED, completed=self._clock())
+
+    def delete(self, job_id: str) -> bool:
+        """Whether there was such a job."""
+        with self._engine.begin() as connection:
+            return connection.execute(_JOBS.delete().where(_JOBS.c.id == job_id)).rowcount == 1
+
+    def expired(self, *, lifetime: float, max_bytes: int) -> list[str]:
+        """Ids of ended jobs that are older than ``lifetime`` seconds, and of the oldest whose files are more than
+        ``max_bytes`` with the newer ones; of these the newest stays even where it alone is larger."""
+        c = _JOBS.c
+        ended = sa.select(c.id, c.completed, c.nbytes).where(c.completed.is_not(None)).order_by(c.completed.desc())
+        with self._engine.connect() as connection:
+            rows = connection.execute(ended).all()
+        oldest = self._clock() - lifetime
+        due, held, newest = [], 0, True
+        for row in rows:
+            held += row.nbytes
+            if row.completed <= oldest or (row.nbytes and held > max_bytes and not newest):
+                due.append(row.id)
+            newest = newest and not row.nbytes
+        return due
+
+    def _move(self, job_id: str, states: Sequence[JobState], **values: object) -> bool:
+        move = _JOBS.update().where(_JOBS.c.id == job_id, _JOBS.c.state.in_(states)).values(values)
+        with self._engine.begin() as connection:
+            return connection.execute(move).rowcount == 1
+
+    def _all(self, query: sa.Select[Any]) -> list[Job]:
+        with self._engine.connect() as connection:
+            return [_job(row) for row in connection.execute(query)]
+
+
+def _one(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Job | None:
+    row = connection.execute(sa.select(_JOBS).where(where)).first()
+    return None if row is None else _job(row)
+
+
+def _job(row: sa.Row[Any]) -> Job:
+    values = {name: getattr(row, name) for name in _NAMES}
+    return Job(**values | {"state": JobState(row.state)})
+
+
+def _on_connect(connection: Any, record: object) -> None:
+    """WAL: whoever lists jobs does not wait for whoever writes one. FULL: what was answered outlives a power cut."""
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {setting}")

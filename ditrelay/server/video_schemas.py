@@ -1,0 +1,147 @@
+"""The JSON of ``/v1/videos``: OpenAI's video objects, with ditrelay's extensions."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from ditrelay.errors import InvalidRequest
+from ditrelay.models.card import ModelCard
+from ditrelay.runtime.request import SamplingParams
+from ditrelay.server.schemas import Count, Prompt, Seed, Size, Strength, Text
+
+_DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,(.*)", re.DOTALL)
+_MAX_SECONDS = 3600.0
+
+Seconds = Annotated[float, Field(gt=0, le=_MAX_SECONDS, allow_inf_nan=False, strict=False)]
+Frames = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})]
+
+
+class VideoRequest(BaseModel):
+    """OpenAI's request for a video, and what it lacks: frames, seed, steps, guidance, negative prompt.
+
+    A field set to ``null`` counts as absent.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: Prompt = Field(description="What to show.")
+    model: str | None = Field(None, description="The served model's name; may be left out.")
+    seconds: Seconds | None = Field(
+        None, description="Length, as a number or as text; the nearest that the model can make."
+    )
+    size: Size | None = Field("auto", description="WIDTHxHEIGHT in pixels, or auto: the model's default.")
+    input_reference: str | None = Field(
+        None, description="The picture to start from, for models that take one: a data URL, or a file of a form."
+    )
+    user: str | None = Field(None, description="Ignored.")
+
+    num_frames: Frames | None = Field(None, description="In place of seconds.")
+    seed: Seed | None = Field(None, description="Drawn where it is absent.")
+    num_inference_steps: Count | None = Field(None, description="Denoising steps; default: the model's.")
+    guidance_scale: Strength | None = Field(
+        None, allow_inf_nan=False, description="Strength of guidance, in the units of the model's own pipeline."
+    )
+    negative_prompt: Text | None = Field(None, description="What to keep away from; needs guidance.")
+
+    def sampling_params(self, card: ModelCard, upload: bytes | None) -> SamplingParams:
+        """The parameters asked for, not yet resolved.
+
+        Args:
+            card: the served model's.
+            upload: the picture of a form.
+
+        Raises:
+            InvalidRequest: fields contradict each other, or the picture is not given as it must be.
+        """
+        width, height = map(int, self.size.split("x")) if self.size and self.size != "auto" else (None, None)
+        return SamplingParams(
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            height=height,
+            width=width,
+            num_frames=self._frames(card),
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            seed=self.seed,
+            image=self._picture() if upload is None else upload,
+        )
+
+    def _frames(self, card: ModelCard) -> int | None:
+        if self.seconds is None:
+            return self.num_frames
+        if self.num_frames is not None:
+            raise InvalidRequest("num_frames", "it contradicts seconds; give only one of the two")
+        frames = round((self.seconds * card.fps - 1) / card.frame_multiple) * card.frame_multiple + 1
+        if frames > card.max_num_frames:
+            longest = card.max_num_frames / card.fps
+            raise InvalidRequest("seconds", f"{self.seconds:g} is too long; allowed: at most {longest:.2f}")
+        return max(frames, 1)
+
+    def _picture(self) -> bytes | None:
+        if self.input_reference is None:
+            return None
+        match = _DATA_URL.fullmatch(self.input_reference)
+        try:
+            if match is not None:
+                return base64.b64decode(match[1], validate=True)
+        except binascii.Error:
+            pass
+        raise InvalidRequest(
+            "input_reference",
+            "this is no data URL; allowed: data:image/png;base64,... or a file of a multipart form (no other address)",
+        )
+
+
+class VideoError(BaseModel):
+    """Why a video failed."""
+
+    code: str
+    message: str
+
+
+class Video(BaseModel):
+    """One video, from its submission on."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+    progress: int = Field(ge=0, le=100, description="Percent.")
+    stage: str | None = Field(description="What is done for it now (encoding, denoising, decoding, ...).")
+    step: int = Field(description="Denoising steps done.")
+    eta_seconds: float | None = Field(description="Seconds that the denoise still takes, once its pace is known.")
+    created_at: int = Field(description="Unix time in seconds.")
+    started_at: int | None
+    completed_at: int | None = Field(description="When it ended, however it ended.")
+    expires_at: int | None = Field(description="When the server may remove it.")
+    prompt: str
+    seconds: str
+    size: str = Field(description="WIDTHxHEIGHT in pixels.")
+    num_frames: int
+    num_inference_steps: int
+    seed: int = Field(description="The seed that makes this video again.")
+    error: VideoError | None
+    remixed_from_video_id: None = None
+
+
+class VideoList(BaseModel):
+    """A page of videos."""
+
+    object: Literal["list"] = "list"
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedVideo(BaseModel):
+    """A video that is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: Literal[True] = True

@@ -1,0 +1,170 @@
+"""The durable job store: states, pages, idempotency keys, retention."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ditrelay.errors import ConfigError
+from ditrelay.server.job_store import Job, JobState, JobStore
+
+
+@dataclass
+class Clock:
+    now: float = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
+    made = JobStore(url_of(tmp_path), clock=clock)
+    yield made
+    made.close()
+
+
+def url_of(folder: Path) -> str:
+    return f"sqlite:///{folder / 'jobs.sqlite'}"
+
+
+def add(store: JobStore, job_id: str, limit: int = 100, **fields: object) -> Job | None:
+    return store.add(
+        Job(**{"id": job_id, "model": "tiny", "params": {"prompt": job_id}, "created": 1.5} | fields), limit=limit
+    )
+
+
+def finish(store: JobStore, job_id: str, nbytes: int = 10) -> None:
+    add(store, job_id)
+    assert store.start(job_id) and store.complete(job_id, f"{job_id}.mp4", nbytes)
+
+
+def ids(jobs: list[Job]) -> list[str]:
+    return [job.id for job in jobs]
+
+
+def test_a_job_is_what_was_added_also_after_the_store_was_opened_again(store, tmp_path):
+    params = {"prompt": "ein Schiff ⛵", "seed": 2**62, "guidance_scale": 1.5, "image": None}
+    added = add(store, "a", params=params, idempotency_key="k", fingerprint="f")
+    assert added is not None and (added.params, added.state, added.seq) == (params, JobState.QUEUED, 1)
+    again = JobStore(url_of(tmp_path))
+    assert again.get("a") == added
+    again.close()
+
+
+def test_a_job_passes_its_states_with_the_time_of_each(store, clock):
+    add(store, "a")
+    assert store.start("a")
+    clock.now += 5
+    assert store.complete("a", "a.mp4", 77)
+    job = store.get("a")
+    assert job is not None and job.state is JobState.COMPLETED
+    assert (job.created, job.started, job.completed) == (1.5, clock.now - 5, clock.now)
+    assert (job.file_name, job.nbytes, job.error) == ("a.mp4", 77, None)
+
+
+@pytest.mark.parametrize(
+    "end", [lambda s: s.complete("a", "a.mp4", 1), lambda s: s.fail("a", "why"), lambda s: s.cancel("a")]
+)
+def test_a_job_that_has_ended_never_ends_again_nor_starts(store, end):
+    add(store, "a")
+    store.start("a")
+    assert end(store)
+    ended = store.get("a")
+    assert not any((store.start("a"), store.requeue("a"), store.cancel("a"), store.fail("a", "x")))
+    assert not store.complete("a", "other.mp4", 2)
+    assert store.get("a") == ended
+
+
+def test_of_two_threads_only_one_starts_a_job(store):
+    add(store, "a")
+    with ThreadPoolExecutor(4) as pool:
+        assert sorted(pool.map(store.start, ["a"] * 4)) == [False, False, False, True]
+
+
+def test_pages_follow_each_other_in_both_orders(store):
+    for job_id in "abcde":
+        add(store, job_id)
+    first = store.page(limit=2)
+    assert ids(first) == ["e", "d"]
+    assert ids(store.page(limit=2, after=first[-1])) == ["c", "b"]
+    assert ids(store.page(limit=9, after=store.get("b"), oldest_first=True)) == ["c", "d", "e"]
+
+
+def test_a_number_is_not_given_twice_so_that_pages_stay_in_order(store):
+    add(store, "a")
+    assert store.delete("a") and not store.delete("a")
+    again = add(store, "b")
+    assert again is not None and again.seq == 2
+
+
+def test_the_queue_is_in_the_order_of_submission_and_what_was_interrupted_goes_back_to_its_place(store):
+    for job_id in "abc":
+        add(store, job_id)
+    store.start("a")
+    assert ids(store.queued("tiny", 9)) == ["b", "c"]
+    assert ids(store.interrupted()) == ["a"]
+    assert store.requeue("a")
+    assert ids(store.queued("tiny", 2)) == ["a", "b"] and not store.interrupted()
+
+
+def test_jobs_of_another_model_wait_for_it(store):
+    add(store, "a", model="other")
+    add(store, "b")
+    assert ids(store.queued("tiny", 9)) == ["b"] and ids(store.queued("other", 9)) == ["a"]
+
+
+def test_one_idempotency_key_is_one_job_also_from_many_threads(store):
+    with ThreadPoolExecutor(4) as pool:
+        jobs = list(pool.map(lambda i: add(store, f"job{i}", idempotency_key="once"), range(8)))
+    assert len({job.id for job in jobs if job}) == 1 and None not in jobs
+    assert len(store.page(limit=9)) == 1
+    found = store.find("once")
+    assert found is not None and found == jobs[0] and store.find("other") is None
+
+
+def test_past_the_limit_no_job_is_added_but_an_older_one_is_found(store):
+    add(store, "a", idempotency_key="k")
+    assert add(store, "b", limit=1) is None
+    assert store.get("b") is None
+    older = add(store, "c", limit=1, idempotency_key="k")
+    assert older is not None and older.id == "a"
+
+
+def test_jobs_expire_by_age_and_by_bytes_with_the_oldest_first_and_never_open_ones(store, clock):
+    add(store, "waits")
+    for job_id in "abc":
+        clock.now += 10
+        finish(store, job_id)
+    assert store.expired(lifetime=100, max_bytes=30) == []
+    assert store.expired(lifetime=20, max_bytes=30) == ["a"]
+    assert store.expired(lifetime=100, max_bytes=20) == ["a"]
+    assert store.expired(lifetime=100, max_bytes=1) == ["b", "a"]  # the newest stays
+
+
+@pytest.mark.parametrize("url", ["nonsense", "nodatabase://x", "sqlite:////nowhere/at/all/jobs.sqlite"])
+def test_a_database_that_cannot_be_opened_is_an_error_of_its_flag(url):
+    with pytest.raises(ConfigError, match="--job-store: "):
+        JobStore(url)
+
+
+def test_a_password_is_not_in_the_error():
+    with pytest.raises(ConfigError) as caught:
+        JobStore("nodatabase://me:secret@host/x")
+    assert "secret" not in str(caught.value)
+
+
+def test_it_needs_no_torch():
+    code = "import sys, ditrelay.server.job_store; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
