@@ -9,7 +9,7 @@ from typing import Any
 
 from chaos_load import Account
 from chaos_watch import Recovery
-from common import markdown, show
+from common import markdown, origin, show
 
 Result = Mapping[str, Any]
 MIB = 1 << 20
@@ -144,12 +144,10 @@ def show_result(result: Result) -> None:
 def section(result: Result, source: Mapping[str, Any]) -> str:
     """The part of docs/reliability.md that a run writes."""
     total = sum(result["faults"].values())
-    packages = source["packages"]
     intro = (
-        f"`{source['command']}`, {source['date'][:10]}, {source['machine']}, torch {packages['torch']}, commit "
-        f"{source['commit']}: {result['seconds'] / 60:.1f} minutes, {total} faults, {result['clients']} clients at a "
-        f"time, `{' '.join(result['flags'])}`. A picture took {_seconds(result['load']['seconds'])} s (median / "
-        "largest, with waiting)."
+        f"{origin(source, packages=('torch',))}: {result['seconds'] / 60:.1f} minutes, {total} faults, "
+        f"{result['clients']} clients at a time, `{' '.join(result['flags'])}`. A picture took "
+        f"{_seconds(result['load']['seconds'])} s (median / largest, with waiting)."
     )
     wrong = verdict(result)
     said = "Nothing that must not happen happened." if not wrong else "**Not passed:** " + "; ".join(wrong) + "."

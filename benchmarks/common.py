@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -40,6 +40,13 @@ def provenance() -> dict[str, Any]:
         "commit": commit + ("+" if dirty else ""),
         "command": " ".join(["python", f"benchmarks/{script}", *map(_shown, sys.argv[1:])]),
     }
+
+
+def origin(source: Mapping[str, Any], *, where: str = "", packages: Sequence[str] = ()) -> str:
+    """How a result came about, from its provenance; ``where`` in place of the machine's CPU."""
+    versions = [f"{name} {source['packages'][name]}" for name in packages]
+    place = [source["date"][:10], where or source["machine"], *versions, f"commit {source['commit']}"]
+    return f"`{source['command']}`, {', '.join(place)}"
 
 
 def _shown(argument: str) -> str:

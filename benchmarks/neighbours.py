@@ -19,7 +19,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from common import ROOT, markdown, parser, provenance, show, write_json, write_section
+from common import ROOT, markdown, origin, parser, provenance, show, write_json, write_section
 
 from ditrelay import Engine, SamplingParams, ServerArgs
 from ditrelay.engine import Progress, Ticket
@@ -172,10 +172,9 @@ HEADER = ("steps of requests on other replicas", "count", "median ms", "99% ms",
 
 
 def section(result: dict[str, Any]) -> str:
-    source = provenance()
     failed = len(result["failed"])
     return (
-        f"`{source['command']}`, {source['date'][:10]}, {source['machine']}, commit {source['commit']}: a step sleeps "
+        f"{origin(provenance())}: a step sleeps "
         f"{result['step_seconds'] * 1000:g} ms, a DiT rank is killed {result['kills']} times, {failed} requests "
         f"failed.\n\n{markdown(HEADER, rows(result))}"
     )

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common import ROOT, markdown, parser, provenance, show, write_json, write_section
+from common import ROOT, markdown, origin, parser, provenance, show, write_json, write_section
 from handoff import measure_handoff
 
 from ditrelay import Engine, SamplingParams, ServerArgs
@@ -146,7 +146,7 @@ def main() -> None:
     write_json(options.json, figures)
     if options.docs:
         source = provenance()
-        caption = f"`{source['command']}`, {source['date'][:10]}, {source['machine']}, commit {source['commit']}:"
+        caption = f"{origin(source)}:"
         text = f"{caption}\n\n{markdown(HEADER, rows)}\n\n{handoff.sentence()}"
         write_section(Path(ROOT / "docs" / "performance.md"), "overlap", text)
 

@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
-from common import ROOT, parser, provenance, show, write_json, write_section
+from common import ROOT, origin, parser, provenance, show, write_json, write_section
 
 from ditrelay.runtime.messages import (
     Action,
@@ -225,7 +225,7 @@ def tick_seconds(topology: Topology, live: int) -> float:
 def sentence(figures: Figures) -> str:
     source = provenance()
     return (
-        f"`{source['command']}`, {source['date'][:10]}, {source['machine']}, commit {source['commit']}: "
+        f"{origin(source)}: "
         f"{figures.events_per_second:,.0f} events a second in one Python process, {figures.ranks} ranks, "
         f"{figures.requests:,} complete request lifecycles, step events not counted. "
         f"One tick with 10,000 live requests takes {figures.tick_seconds_10000_live * 1e6:.0f} us."

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, markdown, write_section
+from common import ROOT, markdown, origin, write_section
 from serving_figures import bound, low_stages, reference_stages
 from serving_plots import draw_plots
 from serving_verdict import checks, when_not
@@ -59,8 +59,7 @@ def _source(result: Record) -> str:
     where = f"{len(cards)}x {cards[0]}" if cards and workload["device"] == "cuda" else source["machine"]
     weights = "random weights" if not workload["model"].startswith("builtin:") else "built in"
     return (
-        f"`{source['command']}`, {source['date'][:10]}, {where}, torch {source['packages']['torch']}, diffusers "
-        f"{source['packages']['diffusers']}, commit {source['commit']}. {workload['model'].partition('?')[0]} "
+        f"{origin(source, where=where, packages=('torch', 'diffusers'))}. {workload['model'].partition('?')[0]} "
         f"({weights}), {workload['steps']} steps, {size}, {workload['dtype']}"
         + (", compiled blocks." if result["options"]["compiled"] else ".")
     )

@@ -18,7 +18,7 @@ import httpx
 from chaos_load import ADDRESS, error_of
 from chaos_server import Server
 from chaos_watch import Watch
-from common import ROOT, markdown, parser, provenance, show, write_json, write_section
+from common import ROOT, markdown, origin, parser, provenance, show, write_json, write_section
 from rich.console import Console
 
 PAGE = ROOT / "docs" / "reliability.md"
@@ -110,9 +110,8 @@ def verdict(result: dict[str, Any]) -> list[str]:
 
 
 def section(result: dict[str, Any]) -> str:
-    source = provenance()
     return (
-        f"`{source['command']}`, {source['date'][:10]}, {source['machine']}, commit {source['commit']}: "
+        f"{origin(provenance())}: "
         f"{result['requests']} requests in {result['seconds'] / 60:.1f} minutes, {len(result['failed'])} failed. "
         f"Medians of the first and the last samples.\n\n{markdown(HEADER, rows(result))}"
     )

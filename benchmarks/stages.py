@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from common import ROOT, markdown, parser, provenance, show, write_json, write_section
+from common import ROOT, markdown, origin, parser, provenance, show, write_json, write_section
 from serving_engine import sampling_params
 from serving_models import build_stock_pipeline, model_path
 from serving_stock import call_of
@@ -293,8 +293,7 @@ def section(figures: Mapping[str, Any], served: Sequence[Mapping[str, Any]]) -> 
     workload, source = figures["workload"], figures["provenance"]
     lines = [
         f"### {workload['name']}, one device",
-        f"`{source['command']}`, {source['date'][:10]}, {(source['gpus'] or [source['machine']])[0]}, "
-        f"torch {source['packages']['torch']}, commit {source['commit']}.",
+        f"{origin(source, where=''.join(source['gpus'][:1]), packages=('torch',))}.",
         markdown(HEADER, rows(figures)),
         ", ".join(_stage_line(name, figures[name]) for name in ("encode", "decode")) + ".",
     ]

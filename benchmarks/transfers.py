@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, markdown, parser, show, write_json, write_section
+from common import ROOT, markdown, origin, parser, show, write_json, write_section
 
 from ditrelay import Engine, SamplingParams, ServerArgs
 from ditrelay.models.pixels import to_frames
@@ -246,10 +246,8 @@ def wake_up(*, blocking: bool) -> float:
 def section(result: Mapping[str, Any]) -> str:
     """The result as Markdown."""
     source = result["provenance"]
-    origin = (
-        f"`{source['command']}`, {source['date'][:10]}, two of {len(source['gpus'])}x {result['card']}, torch "
-        f"{result['torch']}, commit {source['commit']}. Medians of {REPEATS}."
-    )
+    where = f"two of {len(source['gpus'])}x {result['card']}, torch {result['torch']}"
+    caption = f"{origin(source, where=where)}. Medians of {REPEATS}."
     edges, matmuls, handoffs = (
         [result[f"{what}, {backend}"] for backend in BACKENDS]
         for what in ("edge us by MiB", "matmul ms", "hand-off ms")
@@ -263,7 +261,7 @@ def section(result: Mapping[str, Any]) -> str:
         seen = [handoff[name] for handoff in handoffs]
         rows.append([f"hand-off of {megabytes} MB ({name}), median / 90th percentile, ms", *map(_handoff, seen)])
     rows.append(["of it, until both ranks are told, ms", *(_told(handoff) for handoff in handoffs)])
-    return "\n\n".join([origin, markdown(["", *BACKENDS], rows), *_verdicts(handoffs)])
+    return "\n\n".join([caption, markdown(["", *BACKENDS], rows), *_verdicts(handoffs)])
 
 
 def _slashed(values: Iterable[float], digits: int) -> str:

@@ -33,6 +33,11 @@ from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig, SchedulerSnapshot
 from ditrelay.runtime.scheduling.state import Record
 
+# Fleets: per unit its roles (n: denoise, e: encode, d: decode) and its ranks.
+ONE_AND_ONE = (("n", 1), ("ed", 1))
+TWO_AND_ONE = (("n", 1), ("n", 1), ("ed", 1))
+SPLIT = (("n", 1), ("e", 1), ("d", 1))
+
 
 class Desk:
     """A scheduler whose units and edges are up. ``actions`` are those of the last event.

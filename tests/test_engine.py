@@ -223,22 +223,15 @@ def test_workers_end_when_their_head_is_killed(tmp_path: Path) -> None:
     )
     head = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert head.stdout is not None
-    pids = [int(pid) for pid in head.stdout.readline().split()]
-    assert len(pids) == 2
+    workers = [psutil.Process(int(pid)) for pid in head.stdout.readline().split()]
+    assert len(workers) == 2
     head.kill()
     head.wait(10)
     head.stdout.close()
     until = time.monotonic() + 10
-    while time.monotonic() < until and any(running(pid) for pid in pids):
+    while time.monotonic() < until and any(lives(worker) for worker in workers):
         time.sleep(0.05)
-    assert not any(running(pid) for pid in pids)
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert not any(lives(worker) for worker in workers)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,12 @@ def head(tmp_path: Path) -> Iterator[HeadProcess]:
             process.kill()
 
 
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """The addresses on which they listen."""
+    sockets = [each for process in processes for each in process.net_connections("inet")]
+    return {each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN}
+
+
 def shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()}
 
@@ -105,10 +111,17 @@ def test_the_workers_of_a_head_that_stands_still_end_and_are_started_anew_when_i
 
 
 def test_every_socket_listens_on_the_loopback_interface_only(head: HeadProcess) -> None:
-    processes = [psutil.Process(head.process.pid), *head.family]
-    sockets = [each for process in processes for each in process.net_connections("inet")]
-    listening = [each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]
-    assert set(listening) == {"127.0.0.1"}
+    assert listening([psutil.Process(head.process.pid), *head.family]) == {"127.0.0.1"}
+
+
+def test_the_ranks_of_a_replica_listen_on_the_loopback_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    args = ServerArgs(model_path="builtin:timed", device="cpu", enable_disagg=True, num_gpus=3, sp_degree=2)
+    with Engine(args) as replicas:
+        replicas.generate("a red apple", timeout=60)
+        seen = listening([psutil.Process(worker.pid) for worker in replicas.status().workers])
+    assert seen and seen <= {"127.0.0.1", "::1"}
 
 
 def test_a_second_sigterm_ends_a_busy_server_at_once_and_leaves_nothing() -> None:

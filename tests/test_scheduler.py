@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_desk import Desk
+from scheduler_desk import ONE_AND_ONE, Desk
 from simulated_worker import header, request
 
 from ditrelay.runtime.messages import (
@@ -38,7 +38,6 @@ from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig
 
 S = RequestState
-ONE_AND_ONE = (("n", 1), ("ed", 1))
 THREE_AND_ONE = (("n", 1), ("n", 1), ("n", 1), ("ed", 1))
 
 

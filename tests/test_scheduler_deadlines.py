@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scheduler_desk import Desk
+from scheduler_desk import ONE_AND_ONE, SPLIT, Desk
 
 from ditrelay.runtime.messages import (
     CloseEdge,
@@ -15,8 +15,6 @@ from ditrelay.runtime.messages import (
 from ditrelay.runtime.request import RequestState
 
 S = RequestState
-ONE_AND_ONE = (("n", 1), ("ed", 1))
-SPLIT = (("n", 1), ("e", 1), ("d", 1))
 
 
 def test_a_transfer_that_does_not_arrive_fails_its_edge_and_is_named():

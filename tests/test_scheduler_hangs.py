@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_desk import Desk
+from scheduler_desk import ONE_AND_ONE, TWO_AND_ONE, Desk
 
 from ditrelay.runtime.messages import Kill, Spawn
 from ditrelay.runtime.request import RequestState
 
 S = RequestState
-ONE_AND_ONE = (("n", 1), ("ed", 1))
-TWO_AND_ONE = (("n", 1), ("n", 1), ("ed", 1))
 LIMITS = dict(hang_timeout=20.0, stage_timeout=600.0, transfer_timeout=1000.0)
 SMALL = dict(height=256, width=256)
 LARGE = dict(height=1024, width=1024)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_desk import Desk
+from scheduler_desk import ONE_AND_ONE, SPLIT, TWO_AND_ONE, Desk
 from simulated_worker import header, request
 
 from ditrelay.runtime.messages import (
@@ -22,9 +22,6 @@ from ditrelay.runtime.messages import (
 from ditrelay.runtime.request import RequestState
 
 S = RequestState
-ONE_AND_ONE = (("n", 1), ("ed", 1))
-TWO_AND_ONE = (("n", 1), ("n", 1), ("ed", 1))
-SPLIT = (("n", 1), ("e", 1), ("d", 1))
 
 
 def launched(*units: tuple[str, int], nbytes: int = 1, **config: object) -> Desk:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from scheduler_desk import Desk
+from scheduler_desk import ONE_AND_ONE, TWO_AND_ONE, Desk
 
 from ditrelay.runtime.messages import Denoise, Encode, Finish, Heartbeat, Send, StageFailed
 from ditrelay.runtime.request import RequestState
 
 S = RequestState
-ONE_AND_ONE = (("n", 1), ("ed", 1))
-TWO_AND_ONE = (("n", 1), ("n", 1), ("ed", 1))
 STATES = {"encode": S.ENCODING, "denoise": S.DENOISING, "decode": S.DECODING}
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from scheduler_desk import Desk
+from scheduler_desk import ONE_AND_ONE, TWO_AND_ONE, Desk
 
 from ditrelay.runtime.messages import Spawn
 from ditrelay.runtime.request import RequestState
 
 S = RequestState
-ONE_AND_ONE = (("n", 1), ("ed", 1))
-TWO_AND_ONE = (("n", 1), ("n", 1), ("ed", 1))
 
 
 def test_the_first_restart_is_at_once_the_next_wait_longer_each_time_and_end():

@@ -117,12 +117,11 @@ class Jobs:
     def _open(cls, engine: AsyncEngine) -> Jobs:
         folder, args = Path(engine.args.output_dir).absolute(), engine.args
         lock = _lock_folder(folder)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(os.close, lock)
             jobs = cls(engine, JobStore(args.job_store or _sqlite_url(folder)), folder, _lock=lock)
             _recover(jobs.store, folder)
-        except BaseException:
-            os.close(lock)
-            raise
+            undo.pop_all()
         return jobs
 
     # ------------------------------------------------------------ what routes call
