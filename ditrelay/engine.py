@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -18,6 +18,7 @@ from PIL import Image
 from ditrelay.errors import ConfigError, EngineClosed, StartupError
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import PRELOAD
+from ditrelay.runtime.activity import Activity, Watcher, follow
 from ditrelay.runtime.admission import Admission
 from ditrelay.runtime.launcher import LocalLauncher
 from ditrelay.runtime.messages import CancelRequest, Submit
@@ -26,6 +27,7 @@ from ditrelay.runtime.request import Request, SamplingParams
 from ditrelay.runtime.request_log import RequestLog
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus
+from ditrelay.runtime.telemetry import Telemetry
 from ditrelay.runtime.tickets import Progress, Result, Ticket
 from ditrelay.runtime.topology import Topology
 from ditrelay.runtime.trace import TraceFiles, display_name, write_trace
@@ -33,7 +35,7 @@ from ditrelay.runtime.trace import TraceFiles, display_name, write_trace
 if TYPE_CHECKING:
     from ditrelay.runtime.controller import Controller
 
-__all__ = ["AsyncEngine", "AsyncTicket", "Engine", "EngineStatus", "Progress", "Result", "Ticket"]
+__all__ = ["Activity", "AsyncEngine", "AsyncTicket", "Engine", "EngineStatus", "Progress", "Result", "Ticket"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ class Engine:
         self._trace_due = TraceFiles.at(args.trace).check() if args.trace else None
         self._traced_from = 0.0
         self._controller: Controller | None = None
+        url = args.traces_url()
+        self._telemetry = Telemetry(url, args.model_name) if url else None
 
     # ------------------------------------------------------------ life
 
@@ -116,6 +120,8 @@ class Engine:
         if self.args.warmup:
             self._warm_up()
         self._warm = True
+        if self._telemetry is not None:
+            self._log.on_end = self._telemetry.start().record
 
     def _warm_up(self) -> None:
         """One short request per unit, at once, so that every rank has computed before the first client."""
@@ -133,6 +139,8 @@ class Engine:
         if self._controller is not None:
             self._controller.stop(timeout)
         self._log.close("the engine is shut down")
+        if self._telemetry is not None:
+            self._telemetry.close()
         due, self._trace_due = self._trace_due, None
         if due and self.spans:
             self._write_due_trace(due)
@@ -223,6 +231,10 @@ class Engine:
     def spans(self) -> list[Span]:
         """The newest pieces of work, for timelines."""
         return self._log.spans()
+
+    def watch(self, callback: Watcher) -> Callable[[], None]:
+        """Tell ``callback`` what the ranks do (``ActivityFeed.watch``), until what is returned is called."""
+        return self._log.activity.watch(callback)
 
     def overlap(self) -> float:
         """Share of the working time during which at least two stages computed at once (see ``metrics.overlap``)."""
@@ -316,6 +328,13 @@ class AsyncEngine:
         tickets = [await self.submit(params) for params in spread(prompt, num_images or 1, sampling)]
         results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
         return results if many else results[0]
+
+    def activity(self) -> AsyncGenerator[Activity, None]:
+        """What the ranks do, as ``Engine.watch`` tells it, without an end; a slow reader misses some.
+
+        Close it (``contextlib.aclosing``) when it is left.
+        """
+        return follow(self._engine.watch)
 
     async def write_trace(self, path: str | Path) -> TraceFiles:
         """As ``Engine.write_trace``."""

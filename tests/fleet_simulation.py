@@ -121,6 +121,7 @@ class SimulatedFleet:
             elif self.commands[rank]:
                 made.append((self._obey_next, (worker,)))
             made += [(worker.compute, (stage,)) for stage in worker.busy_stages()]
+            made += [(worker.show, ())] if worker.preview is not None else []
         made += [(self._transfer, (wire,)) for wire in self.wires.values() if wire.can_move]
         return made
 

@@ -131,9 +131,16 @@ class Desk:
     def stage_failed(self, name: str, stage: Stage, param: str | None = None) -> None:
         self.do(StageFailed(self.rank_of(name), name, stage, "out of memory", self.now, param))
 
-    def bring(self, name: str, state: RequestState, **params: object) -> None:
-        """Submits ``name`` and leads it to ``state``."""
-        self.submit(name, **params)
+    def bring(self, name: str, state: RequestState | None, **params: object) -> None:
+        """Submits ``name`` if it is not there, and leads it to ``state`` (``None``: to its end)."""
+        if self.state(name) is None:
+            self.submit(name, **params)
+        while (now := self.state(name)) is not state:
+            assert now is not None, f"{name} never was {state}"
+            self.bring_on(name)
+
+    def bring_on(self, name: str) -> None:
+        """The next thing that happens to ``name``."""
         stages: dict[RequestState, object] = {
             RequestState.ENCODING: lambda: self.encoded(name),
             RequestState.TO_DIT: lambda: self.received(name),
@@ -143,9 +150,9 @@ class Desk:
             RequestState.AT_DECODER: lambda: self.started(name, "decode"),
             RequestState.DECODING: lambda: self.decoded(name),
         }
-        while (now := self.state(name)) is not state:
-            assert now is not None, f"{name} never was {state}"
-            stages[now]()  # type: ignore[operator]
+        now = self.state(name)
+        assert now is not None, f"{name} has ended"
+        stages[now]()  # type: ignore[operator]
 
     # ------------------------------------------------------------ the fleet
 

@@ -31,6 +31,7 @@ from ditrelay.runtime.messages import (
     WorkerUp,
 )
 from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.preview_messages import Preview, Previewed, PreviewTaken
 from ditrelay.runtime.request import Request, SamplingParams
 
 
@@ -56,11 +57,13 @@ class Faults:
 
 @dataclass
 class World:
-    """What all workers of one fleet share. ``launched``: the chance that an encode is announced before it is done."""
+    """What all workers of one fleet share. ``launched``: the chance that an encode is announced before it is done;
+    ``previews``: that a step leaves one."""
 
     random: random.Random
     payload_bytes: int
     launched: float = 0.0
+    previews: float = 0.0
     faults: Faults = field(default_factory=Faults)
 
     def chance(self, chance: float) -> bool:
@@ -119,12 +122,13 @@ class Worker:
     lanes: dict[Stage, deque[Resident]] = field(default_factory=dict)
     running: dict[Stage, Resident] = field(default_factory=dict)
     hung: set[Stage] = field(default_factory=set)
+    preview: Request | None = None
 
     def come_up(self) -> None:
         self.up = True
         self.said.append(WorkerUp(self.rank, 1, 0.0))
 
-    def obey(self, command: Encode | Denoise | Decode | Drop | Release) -> None:
+    def obey(self, command: Encode | Denoise | Decode | Preview | Drop | Release) -> None:
         match command:
             case Encode(request=wanted):
                 assert wanted.request_id not in self.residents, f"{command}: something is left over"
@@ -133,6 +137,9 @@ class Worker:
                 self._enqueue(self.residents[request_id], "denoise")
             case Decode(request_id=request_id):
                 self._enqueue(self.residents[request_id], "decode")
+            case Preview(request=wanted):
+                assert self.preview is None, f"{command}: one is made already"
+                self.preview = wanted
             case Drop(request_id=request_id):
                 self._drop(request_id)
             case Release(request_id=request_id):
@@ -199,9 +206,19 @@ class Worker:
             self._computed(resident)
         elif stage == "denoise" and world.chance(0.3):
             self.said.append(StepDone(self.rank, resident.request_id, 1, 2, 0.0))
+            if world.chance(world.previews):
+                self.said.append(PreviewTaken(self.rank, resident.request_id, 1))
         else:
             self.said.append(self._product(resident, stage))
             self._computed(resident)
+
+    def show(self) -> None:
+        """Ends the preview, which has a picture or has come to nothing."""
+        assert self.preview is not None
+        self.said.append(
+            Previewed(self.rank, self.preview.request_id, 1, 2, self.world.random.choice([b"", None]), 0.0)
+        )
+        self.preview = None
 
     def _launch_next(self) -> bool:
         """The lane's thread is ahead of its device: it may launch the encodes in their order, begun or not."""

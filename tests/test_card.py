@@ -12,11 +12,14 @@ from pathlib import Path
 import msgspec
 import pytest
 import tiny_models
+from picture_samples import picture
 
 from ditrelay.errors import InvalidRequest, UnsupportedModel
 from ditrelay.models.card import ModelCard, load_card
 from ditrelay.models.folder import ModelFolder, find_folder
 from ditrelay.runtime.request import SamplingParams
+
+PNG = picture(32, 32)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,13 @@ def test_a_seed_is_drawn_where_none_is_given_and_kept_where_one_is(emoji: ModelC
         ("seed", {"seed": -1}, "0 to 9223372036854775807"),
         ("seed", {"seed": 2**63}, "0 to 9223372036854775807"),
         ("num_frames", {"num_frames": 2}, "allowed: 1"),
-        ("image", {"image": b"x"}, "leave it out"),
+        ("image", {"image": b"x"}, "allowed: a PNG, JPEG or WebP picture"),
+        ("strength", {"strength": 0.5}, "there is none; leave it out"),
+        ("strength", {"image": PNG, "strength": 0.0}, "above 0, and at most 1"),
+        ("strength", {"image": PNG, "strength": 1.5}, "above 0, and at most 1"),
+        ("strength", {"image": PNG, "strength": float("nan")}, "above 0, and at most 1"),
+        ("strength", {"image": PNG, "strength": True}, "above 0, and at most 1"),
+        ("strength", {"image": PNG, "strength": 1e-30}, "no step of 8"),
         ("negative_prompt", {"negative_prompt": "blurry", "guidance_scale": 0.0}, "allowed: above 0.0"),
     ],
 )
@@ -94,6 +103,33 @@ def test_a_wrong_request_is_refused_naming_the_field_and_what_is_allowed(
         emoji.resolve(msgspec.structs.replace(SamplingParams(prompt="a cat"), **given))
     assert caught.value.param == param
     assert allowed in caught.value.reason
+
+
+@pytest.mark.parametrize(
+    ("sides", "given", "expected"),
+    [
+        ((100, 60), {}, (96, 64)),
+        ((1000, 500), {}, (176, 96)),
+        ((4, 3000), {}, (16, 1024)),
+        ((1000, 500), {"width": 256}, (256, 128)),
+        ((1000, 500), {"height": 64}, (128, 64)),
+        ((1000, 500), {"height": 64, "width": 64}, (64, 64)),
+    ],
+)
+def test_an_edit_keeps_the_pictures_size_or_its_proportions(
+    emoji: ModelCard, sides: tuple[int, int], given: dict[str, int], expected: tuple[int, int]
+) -> None:
+    params = emoji.resolve(SamplingParams(prompt="x", image=picture(*sides), **given))
+    assert (params.width, params.height) == expected
+    assert params.strength == emoji.default_strength == 0.5
+
+
+def test_a_model_that_edits_no_pictures_refuses_one_and_a_strength() -> None:
+    card = load_card("builtin:timed")
+    with pytest.raises(InvalidRequest, match="image: this model takes no picture"):
+        card.resolve(SamplingParams(prompt="x", image=PNG))
+    with pytest.raises(InvalidRequest, match="strength: this model does not start from a picture by strength"):
+        card.resolve(SamplingParams(prompt="x", strength=0.5))
 
 
 def test_a_picture_is_a_png_file_unless_another_format_is_given(emoji: ModelCard) -> None:
@@ -129,7 +165,7 @@ def test_a_video_model_names_the_nearest_allowed_number_of_frames(tiny_root: Pat
 
 def test_an_image_to_video_model_asks_for_the_picture(tiny_root: Path) -> None:
     card = load_card(str(tiny_models.build("wan-i2v", tiny_root)))
-    with pytest.raises(InvalidRequest, match="image: .*PNG or JPEG"):
+    with pytest.raises(InvalidRequest, match="image: .*PNG, JPEG or WebP"):
         card.resolve(SamplingParams(prompt="x"))
 
 

@@ -122,7 +122,7 @@ def test_a_slow_disk_costs_checkpoints_and_neither_time_nor_memory(
         written.append(args)
         finish.wait(10)
 
-    monkeypatch.setattr("ditrelay.runtime.pipelines_core.executors.checkpoints._save", slow)
+    monkeypatch.setattr("ditrelay.runtime.pipelines_core.executors.checkpoints.save", slow)
     checkpoints = Checkpoints(spool, 1)
     for step in range(1, 9):
         checkpoints.keep("r", step, lambda: STATE, HostProgress())

@@ -26,11 +26,13 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime.payloads",
             "ditrelay.runtime.topology",
             "ditrelay.runtime.messages",
+            "ditrelay.runtime.preview_messages",
         ),
     ),
     (
         1,
         (
+            "ditrelay.runtime.activity",
             "ditrelay.runtime.admission",
             "ditrelay.runtime.scheduler",
             "ditrelay.runtime.scheduling",
@@ -53,6 +55,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
         (
             "ditrelay.runtime.pipelines_core",
             "ditrelay.runtime.pipelines_core.pipeline",
+            "ditrelay.runtime.pipelines_core.clips",
             "ditrelay.runtime.pipelines_core.media",
             "ditrelay.runtime.pipelines_core.stages",
             "ditrelay.runtime.pipelines_core.stages.*",
@@ -71,6 +74,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime.edge_faults",
             "ditrelay.runtime.request_log",
             "ditrelay.runtime.run_dir",
+            "ditrelay.runtime.telemetry",
             "ditrelay.runtime.tickets",
             "ditrelay.runtime.replica*",
         ),

@@ -21,6 +21,7 @@ import safetensors.torch
 import tiny_models
 import torch
 from diffusers.image_processor import VaeImageProcessor
+from picture_samples import picture
 from PIL import Image
 
 from ditrelay.errors import CodecError, ConfigError, InvalidRequest, UnsupportedModel
@@ -209,10 +210,16 @@ def test_a_picture_of_another_shape_is_stretched_to_the_requests_size(tiny_root:
     Image.new("L", (50, 20), 99).save(file, "JPEG")
     params = dict(height=32, width=48, num_frames=5, num_inference_steps=1)
     assert _draw(adapter, _request(model, image=file.getvalue(), **params)).shape == (5, 32, 48, 3)
+
+
+def test_a_picture_whose_pixels_are_damaged_is_refused_by_the_encoder(tiny_root: Path) -> None:
+    """Its file is whole, so that only decoding it shows that."""
+    model = str(tiny_models.build("wan-i2v", tiny_root))
+    adapter = load_adapter(LoadSpec(card=load_card(model), roles=COLOCATED))
+    whole = picture(32, 32)
+    damaged = whole[:60] + bytes(40) + whole[100:]
     with pytest.raises(InvalidRequest, match="image: it can't be read"):
-        adapter.encode([_request(model, image=b"no picture", **params)])
-    with pytest.raises(InvalidRequest, match="image: it can't be read"):
-        adapter.encode([_request(model, image=file.getvalue()[:200], **params)])
+        adapter.encode([_request(model, image=damaged, height=32, width=32, num_frames=5)])
 
 
 def test_encoding_a_picture_beside_decoding_a_clip_changes_neither(tiny_root: Path) -> None:
@@ -242,6 +249,23 @@ def test_a_picture_is_turned_upright() -> None:
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (20, 10)).save(file, "JPEG", exif=exif)
     assert open_image(SamplingParams(prompt="", image=file.getvalue())).size == (10, 20)
+
+
+def test_sixteen_bits_of_grey_stay_grey() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 0x7FFF, np.uint16)).save(file, "PNG")
+    assert (np.asarray(open_image(SamplingParams(prompt="", image=file.getvalue()))) == 127).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode: str) -> None:
+    layer = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    layer.paste((200, 200, 200, 255), (0, 0, 8, 4))
+    file = io.BytesIO()
+    layer.convert(mode).save(file, "PNG")
+    pixels = np.asarray(open_image(SamplingParams(prompt="", image=file.getvalue())))
+    assert pixels.shape == (8, 8, 3)
+    assert (pixels[4:] == 255).all() and (pixels[:4] == 200).all()
 
 
 # ---------------------------------------------------------------- pixels

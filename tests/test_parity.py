@@ -227,7 +227,7 @@ def test_a_rank_holds_the_weights_of_its_roles_only(model: Model) -> None:
     assert held["denoise"] == {"transformer"}
     assert held["decode"] == {"vae"}
     assert "transformer" not in held["encode"] and any(name.startswith("text_encoder") for name in held["encode"])
-    assert ("vae" in held["encode"]) == model.card.needs_image
+    assert ("vae" in held["encode"]) == (model.card.needs_image or model.card.edits)
 
 
 def _held(adapter: Any) -> set[str]:

@@ -7,6 +7,7 @@ import pytest
 from ditrelay.errors import QueueFull
 from ditrelay.runtime.messages import Decoded
 from ditrelay.runtime.metrics import Span
+from ditrelay.runtime.preview_messages import Previewed
 from ditrelay.runtime.request import Request, RequestState, SamplingParams
 from ditrelay.runtime.request_log import KeptSpans, RequestLog
 from ditrelay.runtime.server_args import ServerArgs
@@ -18,9 +19,11 @@ def new_log() -> RequestLog:
     return RequestLog(Topology.build(ServerArgs()))
 
 
-def submit(log: RequestLog, name: str, limit: int = 1000) -> None:
+def submit(log: RequestLog, name: str, limit: int = 1000) -> Ticket:
     request = Request(request_id=name, params=SamplingParams(prompt="a cat", seed=1))
-    log.open(request, Ticket(request, lambda request_id: None), limit=limit)
+    ticket = Ticket(request, lambda request_id: None)
+    log.open(request, ticket, limit=limit)
+    return ticket
 
 
 def finish(log: RequestLog, name: str, at: float) -> None:
@@ -57,6 +60,19 @@ def test_a_request_that_runs_takes_no_place_in_the_queue_and_one_set_back_takes_
     submit(log, "second", limit=1)
     log.state_changed("first", RequestState.QUEUED)
     assert (log.counts()["queued"], log.counts()["running"]) == (2, 0)
+
+
+def test_a_preview_is_progress_while_its_request_denoises_and_nothing_before_or_after() -> None:
+    log = new_log()
+    ticket = submit(log, "a")
+    shown = []
+    ticket.subscribe(lambda progress: shown.append(progress.preview))
+    for state in (RequestState.AT_DIT, RequestState.DENOISING, RequestState.DENOISED):
+        log.state_changed("a", state)
+        log.observe(Previewed(1, "a", 2, 8, str(state).encode(), 1.0))
+        log.observe(Previewed(1, "a", 3, 8, None, 1.0))
+        log.observe(Previewed(1, "another", 3, 8, b"", 1.0))
+    assert [preview for preview in shown if preview is not None] == [b"denoising"]
 
 
 def test_the_spans_of_the_newest_requests_are_kept_and_of_no_others() -> None:

@@ -23,6 +23,7 @@ from ditrelay.runtime.messages import (
     WorkerDown,
     WorkerUp,
 )
+from ditrelay.runtime.preview_messages import Previewed, PreviewTaken
 from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.scheduler import Scheduler, SchedulerConfig
 from ditrelay.runtime.scheduling.ledger import Ledger
@@ -87,7 +88,17 @@ def check_books(scheduler: Scheduler) -> None:
     for unit in ledger.units.values():
         assert list(unit.alone) == [r for r in unit.alone if r.alone is not None and r.alone.unit is unit]
         assert (unit in ledger.closed) == bool(unit.alone)
+    check_previews(scheduler)
     check_nothing_is_missed(scheduler)
+
+
+def check_previews(scheduler: Scheduler) -> None:
+    """At most one of a request is made at a time, and none waits while a decoder idles."""
+    ledger, previews = scheduler._ledger, scheduler._previews
+    made = [unit.preview for unit in ledger.units.values() if unit.preview is not None]
+    assert len(set(made)) == len(made) and set(made) == previews._made
+    wait = any(r.previews and r.state is RequestState.DENOISING and r not in made for r in previews._waiting)
+    assert not (wait and previews._idle_decoders())
 
 
 def at_unit(record: Record) -> UnitState | None:
@@ -136,6 +147,7 @@ def check_all_is_given_back(scheduler: Scheduler, fleet: SimulatedFleet) -> None
     assert all(unit.bound == 0 for unit in ledger.units.values())
     left = {rank: list(worker.residents) for rank, worker in fleet.workers.items() if worker.residents}
     assert not left, f"workers still have {left}"
+    assert not scheduler._previews._waiting and not scheduler._previews._made
 
 
 @dataclass
@@ -192,7 +204,7 @@ class Run:
         """Of an older generation of its edge, or of a request that is gone."""
         if isinstance(event, EdgeUp | EdgeFailed):
             return event.generation != self.scheduler._ledger.edges[event.src, event.dst].generation
-        if isinstance(event, Submit | Tick | WorkerUp | WorkerDown | Heartbeat):
+        if isinstance(event, Submit | Tick | WorkerUp | WorkerDown | Heartbeat | Previewed | PreviewTaken):
             return False
         return isinstance(event, Received | TransferRejected) or event.request_id not in self.scheduler._ledger.records
 
@@ -253,6 +265,7 @@ RELAXED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def start(shape: Topology, config: SchedulerConfig, seed: int, launched: float) -> Run:
     fleet = SimulatedFleet(shape, config, seed, payload_bytes=12 if seed % 4 == 0 else 6)
     fleet.world.launched = launched
+    fleet.world.previews = fleet.random.choice([0.0, 0.5, 1.0])
     run = Run(fleet, Scheduler(shape, config))
     fleet.perform(run.scheduler.start(0.0))
     return run

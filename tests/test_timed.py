@@ -64,6 +64,12 @@ def test_same_seed_same_picture_other_seed_another() -> None:
     assert not np.array_equal(first, _picture(adapter, _request(card, prompt="a dog")))
 
 
+def test_with_frames_it_makes_clips() -> None:
+    card, adapter = _load(f"{QUICK}&frames=9")
+    assert (card.media, card.fps, card.default_num_frames) == ("video", 16, 9)
+    assert _picture(adapter, _request(card)).shape == (9, 32, 32, 3)
+
+
 def test_sizes_are_the_ones_asked_for() -> None:
     card, adapter = _load("builtin:timed?encode=0&denoise=0&conditioning_mb=8&latents_mb=1")
     request = _request(card)

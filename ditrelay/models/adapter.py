@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ditrelay.runtime.payloads import State
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Frames = npt.NDArray[np.uint8]
+    LazyFrames = Callable[[], Frames]  # waits until they are there
+    Give = Callable[[LazyFrames], None]
 
 
 class DenoiseSession(Protocol):
@@ -30,7 +32,20 @@ class DenoiseSession(Protocol):
     def steps_done(self) -> int: ...
 
 
-class StageAdapter(Protocol):
+class Decoder(Protocol):
+    """The part of a model that makes pixels."""
+
+    def decode(self, requests: Sequence[Request], state: State, give: Give | None = None) -> list[Frames]:
+        """Pixels per request: uint8 array [frames, height, width, 3]; one frame for image models.
+
+        Args:
+            give: takes the frames of a clip in parts, in order, as they are made. An adapter that can do so calls it
+                and returns none; what it raises ends the decode.
+        """
+        ...
+
+
+class StageAdapter(Decoder, Protocol):
     """One model on one rank, with the components of that rank's roles only.
 
     Every method takes the requests of one batch; a batch has length 1 for now and an adapter refuses a longer one with
@@ -75,14 +90,17 @@ class StageAdapter(Protocol):
         """Lead a session that has just begun, for the same request, to where ``capture`` was called on another."""
         ...
 
+    def preview(self, session: DenoiseSession) -> State:
+        """What ``finish`` would give if the picture were done now; of a clip, one frame in the middle.
+
+        Call between two steps of a request that wants previews. Changes nothing, waits for nothing.
+        """
+        ...
+
     def finish(self, session: DenoiseSession) -> State:
         """The values that decode needs (latents first among them). Call once ``step`` returned False."""
         ...
 
     def abandon(self, session: DenoiseSession) -> None:
         """Give a session up between two steps and free its tensors. May be called at any time, also twice."""
-        ...
-
-    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
-        """Pixels per request: uint8 array [frames, height, width, 3]; one frame for image models."""
         ...

@@ -45,11 +45,11 @@ class Stage:
         return name in self.defaults or kwargs_type in self.groups
 
 
-def split_stages(family: Family) -> dict[Role, Stage]:
-    """The stages of a family's modular pipeline, for the inputs that our requests have."""
+def split_stages(family: Family, *, from_picture: bool = False) -> dict[Role, Stage]:
+    """The stages of a family's modular pipeline, for requests that start from a picture or for those that don't."""
     pipeline_class = getattr(diffusers, family.modular_class)
     blocks = getattr(diffusers, pipeline_class.default_blocks_name)()
-    triggers = {"prompt": True} | ({"image": True} if family.needs_image else {})
+    triggers = {"prompt": True} | ({"image": True} if from_picture or family.needs_image else {})
     by_role: dict[Role, dict[str, Any]] = {role: {} for role in _ROLES}
     for name, leaf in blocks.get_execution_blocks(**triggers).sub_blocks.items():
         by_role[_STAGE_OF_BLOCK.get(name.partition(".")[0], "encode")][name.replace(".", "_")] = leaf
@@ -69,6 +69,13 @@ def with_step_hook(stage: Stage, before_step: BeforeStep) -> Stage:
     """
     hooked = {name: _hooked(leaf, before_step) for name, leaf in stage.blocks.sub_blocks.items()}
     return _stage(hooked)
+
+
+def after_loop(stage: Stage) -> list[Any]:
+    """The blocks of a denoise stage that follow its loop."""
+    leaves = [leaf for leaf, _ in stage.leaves]
+    last = max(index for index, leaf in enumerate(leaves) if isinstance(leaf, LoopSequentialPipelineBlocks))
+    return leaves[last + 1 :]
 
 
 def _stage(leaves: Mapping[str, Any]) -> Stage:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import msgspec
 
 from ditrelay.errors import ConfigError, InvalidRequest, UnsupportedModel
+from ditrelay.models.edits import check_start, starting_size, starting_strength
 from ditrelay.models.folder import BUILTIN_PREFIX, ModelFolder, find_folder
 from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Family, Media, find_family
 from ditrelay.models.sizes import Sizes, sizes_of
@@ -18,6 +19,7 @@ from ditrelay.runtime.request import PictureFormat, SamplingParams
 _SEED_LIMIT = 2**63
 _DRAWN_SEED_LIMIT = 2**31  # fits any client's integer type
 _WEBP_SIDE = 16383  # the format has 14 bits for it
+_MAX_PREVIEWS = 10
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,8 +35,12 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         size_multiple: height and width are multiples of it (pixels).
         fps: frames a second of a clip; 0 for pictures.
         frame_multiple: the number of frames is k * frame_multiple + 1; 1: any number.
+        needs_image: every request starts from a picture (image-to-video).
+        edits: a request may start from a picture (image-to-image).
+        default_strength: of such a request; 0 where it has none, since the model looks at the picture at every step.
         guidance_above: classifier-free guidance, and with it the negative prompt, has an effect above this scale.
         parallel: which of ``sp``, ``ring``, ``tp`` and ``cfg`` can spread a denoise over ranks (``Family.plans``).
+        previews: it can show what a picture looks like while it is denoised.
     """
 
     path: str
@@ -57,10 +63,13 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_num_frames: int = 1
     max_steps: int = 1000
     needs_image: bool = False
+    edits: bool = False
+    default_strength: float = 0.0
     supports_negative_prompt: bool = False
     supports_guidance: bool = False
     guidance_above: float = 1.0
     parallel: tuple[str, ...] = ()
+    previews: bool = False
 
     def resolve(self, params: SamplingParams) -> SamplingParams:
         """``params`` with every default filled in and a seed drawn where none is given.
@@ -68,16 +77,18 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidRequest: names the field and says what is allowed.
         """
+        height, width = starting_size(self, params)
         resolved = msgspec.structs.replace(
             params,
-            height=self.default_height if params.height is None else params.height,
-            width=self.default_width if params.width is None else params.width,
+            height=self.default_height if height is None else height,
+            width=self.default_width if width is None else width,
             num_frames=self.default_num_frames if params.num_frames is None else params.num_frames,
             num_inference_steps=(
                 self.default_num_inference_steps if params.num_inference_steps is None else params.num_inference_steps
             ),
             guidance_scale=self.default_guidance_scale if params.guidance_scale is None else params.guidance_scale,
             seed=random.SystemRandom().randrange(_DRAWN_SEED_LIMIT) if params.seed is None else params.seed,
+            strength=starting_strength(self, params),
             output_format="png" if params.output_format is None and self.media == "image" else params.output_format,
         )
         _check_prompt(self, resolved)
@@ -86,8 +97,9 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         _check_range("num_inference_steps", resolved.num_inference_steps, 1, self.max_steps)
         _check_range("seed", resolved.seed, 0, _SEED_LIMIT - 1)
         _check_guidance(self, params, resolved)
-        _check_image(self, resolved)
+        check_start(self, resolved)
         _check_file(self, resolved)
+        _check_previews(self, resolved)
         return resolved
 
 
@@ -123,6 +135,7 @@ def load_card(model_path: str, load_format: str = "auto") -> ModelCard:
         default_width=builtin.width,
         default_num_inference_steps=builtin.steps,
         default_guidance_scale=builtin.guidance,
+        default_strength=builtin.strength,
         max_pixels=builtin.max_pixels,
     )
 
@@ -169,10 +182,13 @@ def _card(name: str, folder: ModelFolder, family: Family) -> ModelCard:
         max_side=sizes.max_side,
         max_num_frames=sizes.max_frames,
         needs_image=family.needs_image,
+        edits=family.edits,
+        default_strength=family.strength or 0.0,
         supports_negative_prompt=guidance.negative is not None,
         supports_guidance=guidance.via != "none" and (flag is None or bool(transformer.get(flag))),
         guidance_above=guidance.above,
         parallel=family.plans,
+        previews=family.adapter == "modular",
     )
 
 
@@ -189,13 +205,17 @@ def _timed_card(model_path: str) -> ModelCard:
         family="timed",
         pipeline_class="Timed",
         adapter="timed",
-        media="image",
+        media="video" if options.frames > 1 else "image",
+        fps=16 if options.frames > 1 else 0,
+        default_num_frames=options.frames,
+        max_num_frames=max(1, options.frames),
         size_multiple=8,
         default_height=32,
         default_width=32,
         default_num_inference_steps=options.steps,
         default_guidance_scale=0.0,
         parallel=("sp", "ring", "tp", "cfg"),
+        previews=True,
     )
 
 
@@ -260,13 +280,6 @@ def _check_guidance(card: ModelCard, given: SamplingParams, resolved: SamplingPa
         )
 
 
-def _check_image(card: ModelCard, params: SamplingParams) -> None:
-    if card.needs_image and not params.image:
-        raise InvalidRequest("image", "this model starts from a picture; give a PNG or JPEG")
-    if not card.needs_image and params.image is not None:
-        raise InvalidRequest("image", "this model takes no picture; leave it out")
-
-
 def _check_file(card: ModelCard, params: SamplingParams) -> None:
     kind, quality = params.output_format, params.output_compression
     if card.media == "video":
@@ -285,3 +298,9 @@ def _check_file(card: ModelCard, params: SamplingParams) -> None:
         raise InvalidRequest(
             "output_compression", f"{quality} is not allowed with png, which loses nothing; allowed: 100"
         )
+
+
+def _check_previews(card: ModelCard, params: SamplingParams) -> None:
+    _check_range("previews", params.previews, 0, _MAX_PREVIEWS)
+    if params.previews and not card.previews:
+        raise InvalidRequest("previews", f"{card.family} can show none; leave it out")

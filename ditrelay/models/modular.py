@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +18,24 @@ from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
 from ditrelay.errors import UnsupportedModel
-from ditrelay.models.blocks import Stage, crossing, split_stages, with_step_hook
+from ditrelay.models.blocks import after_loop
 from ditrelay.models.components import ComponentStore
 from ditrelay.models.folder import ModelFolder
 from ditrelay.models.guidance import SplitGuidance
 from ditrelay.models.memory import StepMemory, put_back
 from ditrelay.models.pixels import open_image, to_frames
+from ditrelay.models.previews import finished, in_the_middle, latents_of
 from ditrelay.models.quirks import family_named
+from ditrelay.models.sampled_vae import SampledVae
 from ditrelay.models.stepping import StepDriver, pause
 from ditrelay.models.values import only, pack, unpack
+from ditrelay.models.video_frames import GivenAway, gives_frames
+from ditrelay.models.workflows import NOISE, Workflows, role_of
 from ditrelay.runtime.payloads import State, StateValue
 from ditrelay.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from ditrelay.models.adapter import DenoiseSession, Frames
+    from ditrelay.models.adapter import DenoiseSession, Frames, Give
     from ditrelay.models.load_spec import LoadSpec
     from ditrelay.runtime.topology import Role
 
@@ -41,13 +46,16 @@ _STAND_INS = ("vae", "transformer")  # the components that others read sizes off
 class ModularSession:
     """A denoise in progress: the state of the blocks, and the loop that works on it. Belongs to one thread.
 
-    ``scheduler`` is its own; ``memory`` tells what the steps have changed.
+    ``scheduler`` is its own; ``memory`` tells what the steps have changed. Where previews are wanted, ``before`` is how
+    the latents were before the last step, and ``complete`` does with latents what follows the loop.
     """
 
     driver: StepDriver
     state: PipelineState | None
     scheduler: Any
     memory: StepMemory
+    complete: Callable[[torch.Tensor], State] | None = None
+    before: torch.Tensor | None = None
 
     @property
     def total_steps(self) -> int:
@@ -65,35 +73,57 @@ class ModularAdapter:
         """Raises ``UnsupportedModel`` for a component that can't be loaded."""
         self._family = family_named(spec.card.family)
         self._device = torch.device(spec.device)
-        stages = split_stages(self._family)
-        encode, denoise, decode = stages["encode"], stages["denoise"], stages["decode"]
-        self.conditioning_names = crossing([encode], [denoise, decode])
-        self.latents_names = crossing([encode, denoise], [decode])
         self._timestep = ExactTimestep()
         # Wan's VAE keeps a cache between its frames, which encoding a picture and decoding a clip would share.
         self._vae_lock = threading.Lock()
-        stages["denoise"] = with_step_hook(denoise, self._before_step)
-        self._stages: Mapping[Role, Stage] = {role: stages[role] for role in spec.roles}
+        self._workflows = workflows = Workflows.of(self._family, self._before_step)
+        self.conditioning_names, self.latents_names = workflows.conditioning_names, workflows.latents_names
+        self._stages = {part: stage for part, stage in workflows.stages.items() if role_of(part) in spec.roles}
         self._components = components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
-        self._pipelines = {role: self._pipeline(role, spec.card.path, components) for role in sorted(spec.roles)}
+        self._pipelines = {part: self._pipeline(part, spec.card.path, components) for part in sorted(self._stages)}
         self._branches: dist.ProcessGroup | None = components.mesh.branches if components.mesh else None
 
     def encode(self, requests: Sequence[Request]) -> State:
-        pipeline, state = self._prepare("encode", only(requests).params, {})
-        self._execute("encode", pipeline, state)
-        return _collect(state, self.conditioning_names)
+        params = only(requests).params
+        pipeline, state = self._prepare("encode", params, {})
+        self._execute(self._workflows.part("encode", params), pipeline, state)
+        return _collect(state, self._workflows.sent(params))
 
     def begin(self, requests: Sequence[Request], state: State) -> ModularSession:
-        pipeline, blocks_state = self._prepare("denoise", only(requests).params, state)
-        driver = StepDriver(lambda: self._execute("denoise", pipeline, blocks_state))
+        params = only(requests).params
+        pipeline, blocks_state = self._prepare("denoise", params, state)
+        driver = StepDriver(lambda: self._execute(self._workflows.part("denoise", params), pipeline, blocks_state))
         driver.start()
-        return ModularSession(driver, blocks_state, pipeline.scheduler, StepMemory(driver.scope, pipeline.scheduler))
+        session = ModularSession(driver, blocks_state, pipeline.scheduler, StepMemory(driver.scope, pipeline.scheduler))
+        if params.previews:
+            session.complete = partial(self._complete, self._workflows.part("denoise", params), pipeline, blocks_state)
+        return session
 
     def step(self, session: DenoiseSession) -> bool:
+        session = _own(session)
+        if session.complete is not None:
+            session.before = latents_of(session.driver.scope)
         try:
-            return _own(session).driver.step()
+            return session.driver.step()
         finally:
             self._timestep.value = None
+
+    def preview(self, session: DenoiseSession) -> State:
+        session = _own(session)
+        if session.complete is None or session.before is None or session.driver.finished:
+            raise ValueError("no step was done that more follow, or the request wants no previews")
+        with torch.no_grad():
+            latents = finished(session.before, latents_of(session.driver.scope), session.scheduler)
+            return in_the_middle(session.complete(latents))
+
+    def _complete(self, part: str, pipeline: Any, state: PipelineState, latents: torch.Tensor) -> State:
+        """What decode would get if ``latents`` came out of the loop; ``state`` stays as it is."""
+        groups = {group: list(names) for group, names in state.kwargs_mapping.items()}
+        own = PipelineState(dict(state.values), groups)
+        own.set("latents", latents)
+        for block in after_loop(self._stages[part]):
+            block(pipeline, own)
+        return _collect(own, self.latents_names)
 
     def capture(self, session: DenoiseSession) -> State:
         session = _own(session)
@@ -115,10 +145,15 @@ class ModularAdapter:
     def abandon(self, session: DenoiseSession) -> None:
         session = _own(session)
         session.driver.close()
-        session.state = session.scheduler = None
+        session.state = session.scheduler = session.complete = session.before = None
 
-    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
+    def decode(self, requests: Sequence[Request], state: State, give: Give | None = None) -> list[Frames]:
         pipeline, blocks_state = self._prepare("decode", only(requests).params, state)
+        if give is not None and gives_frames(pipeline.vae):
+            to_unit = partial(pipeline.video_processor.postprocess_video, output_type="pt")
+            pipeline.vae = GivenAway(pipeline.vae, to_unit, give)
+            self._execute("decode", pipeline, blocks_state)
+            return []
         self._execute("decode", pipeline, blocks_state)
         pixels = blocks_state.get("images" if self._family.media == "image" else "videos")
         return [to_frames(pixels[0])]
@@ -129,12 +164,12 @@ class ModularAdapter:
 
     # ------------------------------------------------------------ set-up of a role
 
-    def _pipeline(self, role: Role, path: str, components: ComponentStore) -> Any:
-        """A pipeline with the role's components, and with the sizes of the others.
+    def _pipeline(self, part: str, path: str, components: ComponentStore) -> Any:
+        """A pipeline with the part's components, and with the sizes of the others.
 
         Built with the class of the full pipeline: diffusers would guess another one from the first block.
         """
-        blocks = self._stages[role].blocks
+        role, blocks = role_of(part), self._stages[part].blocks
         held = {name: components.get(name) for name in components.needed_by(blocks.expected_components)}
         pipeline_class = _on_device(getattr(diffusers, self._family.modular_class), self._device)
         pipeline = pipeline_class(blocks=blocks, pretrained_model_name_or_path=path)
@@ -145,7 +180,7 @@ class ModularAdapter:
                 setattr(pipeline, name, components.stand_in(name))
         if role == "encode" and self._family.chat_template and not pipeline.tokenizer.chat_template:
             raise UnsupportedModel(f"the tokenizer in {path} has no chat template, which {self._family.name} needs")
-        if role == "denoise" and self._family.exact_timestep:
+        if part == "denoise" and self._family.exact_timestep:
             pipeline.transformer.register_forward_pre_hook(self._timestep, with_kwargs=True)
         return pipeline
 
@@ -153,26 +188,31 @@ class ModularAdapter:
 
     def _prepare(self, role: Role, params: SamplingParams, state: State) -> tuple[Any, PipelineState]:
         """A pipeline and a state of this request's own: schedulers and guiders are changed by a run."""
-        pipeline = copy.copy(self._pipelines[role])
+        part = self._workflows.part(role, params)
+        pipeline = copy.copy(self._pipelines[part])
         if "scheduler" in pipeline.component_names:
             pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
         if "guider" in pipeline.component_names:
             pipeline.guider = self._guider(role, params)
-        stage = self._stages[role]
+        stage = self._stages[part]
         blocks_state = PipelineState()
         for name, value in state.items():
             blocks_state.set(name, unpack(value, self._device), value.kwargs_type)
         given = self._inputs(role, params)
+        if NOISE in state:
+            del given[NOISE]
+        if role == "encode" and self._workflows.is_edit(params) and self._family.sampled_picture:
+            pipeline.vae = SampledVae(pipeline.vae, given[NOISE])
         for name, default in stage.defaults.items():
             if name in given or name not in blocks_state.values:
                 blocks_state.set(name, given.get(name, default), stage.kwargs_types[name])
         return pipeline, blocks_state
 
-    def _execute(self, role: Role, pipeline: Any, state: PipelineState) -> None:
+    def _execute(self, part: str, pipeline: Any, state: PipelineState) -> None:
         # A denoise pauses between its steps: it holds nothing that another stage waits for.
-        needed = pipeline.component_names if role != "denoise" else ()
+        needed = pipeline.component_names if role_of(part) != "denoise" else ()
         with self._components.on_device(needed):
-            for block, uses_vae in self._stages[role].leaves:
+            for block, uses_vae in self._stages[part].leaves:
                 with self._vae_lock if uses_vae else nullcontext():
                     block(pipeline, state)
 
@@ -205,8 +245,10 @@ class ModularAdapter:
             inputs["negative_prompt"] = params.negative_prompt or self._family.guidance.negative
         if self._family.guidance.via == "input":
             inputs["guidance_scale"] = params.guidance_scale
-        if self._family.needs_image and role == "encode":
-            inputs["image"] = open_image(params)
+        if params.image is not None and role == "encode":
+            inputs["image"] = open_image(params, stretch=not self._family.looks_at_picture)
+        if params.strength is not None:
+            inputs["strength"] = params.strength
         return {**inputs, **self._family.inputs}
 
     def _before_step(self, blocks_state: Any, step: int, timestep: torch.Tensor) -> bool:

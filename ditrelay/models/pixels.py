@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 
@@ -12,10 +13,10 @@ from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.request import SamplingParams
 
 if TYPE_CHECKING:
-    from ditrelay.models.adapter import Frames
+    from ditrelay.models.adapter import Frames, LazyFrames
 
 
-def open_image(params: SamplingParams) -> Image.Image:
+def open_image(params: SamplingParams, *, stretch: bool = True) -> Image.Image:
     """The request's picture as RGB, stretched to its height and width as diffusers' ``VaeImageProcessor`` would do.
 
     With the size right from the start, blocks that derive the size from the picture keep that of the request.
@@ -25,11 +26,23 @@ def open_image(params: SamplingParams) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(params.image or b""), formats=("PNG", "JPEG", "WEBP")) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _as_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidRequest("image", f"it can't be read as PNG, JPEG or WebP: {error}") from error
+        raise InvalidRequest("image", f"it can't be read ({error}); allowed: a whole PNG, JPEG or WebP") from error
+    if not stretch:
+        return upright
     size = (params.width or upright.width, params.height or upright.height)
     return upright if upright.size == size else upright.resize(size, Image.Resampling.LANCZOS)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """What is transparent becomes white: what lies under it, black as a rule, nobody has seen."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def to_frames(pixels: torch.Tensor) -> Frames:
@@ -38,8 +51,21 @@ def to_frames(pixels: torch.Tensor) -> Frames:
     Rounds as diffusers' ``VaeImageProcessor.numpy_to_pil``, but on the device: a quarter of the bytes leaves it. From a
     GPU they come through pinned memory, several times faster than without.
     """
+    return start_to_frames(pixels)()
+
+
+def start_to_frames(pixels: torch.Tensor) -> LazyFrames:
+    """As ``to_frames``, but the copy is only launched: what is returned waits for it, on any thread."""
     frames = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
     rounded = (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if not rounded.is_cuda:
-        return rounded.numpy()
-    return torch.empty(rounded.shape, dtype=torch.uint8, pin_memory=True).copy_(rounded).numpy()
+        return rounded.numpy
+    pinned = torch.empty(rounded.shape, dtype=torch.uint8, pin_memory=True).copy_(rounded, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(rounded.device))
+
+    def arrived() -> Frames:
+        copied.synchronize()
+        return pinned.numpy()
+
+    return arrived

@@ -58,6 +58,10 @@ class Family:
         chat_template: the tokenizer must come with one.
         parallel: the plans that the transformer class has (``_cp_plan``: sp and
             ring, ``_tp_plan``: tp).
+        strength: the stock image-to-image pipeline's default; None: the family starts from no picture by strength.
+        looks_at_picture: a picture may be given that the transformer looks at, at every step.
+        sampled_picture: the modular block takes the most likely latents of a picture, the stock pipeline draws them
+            from their distribution; draw them.
         exact_timestep: the modular denoise block rounds the timestep to the weights' dtype (999 becomes 1000 in
             bfloat16), the stock pipeline does not; put the exact one back.
         encode_outputs: standard adapter only: the names under which the call takes ``encode_prompt``'s results.
@@ -79,11 +83,19 @@ class Family:
     steps: int = 50
     guidance: Guidance
     needs_image: bool = False
+    strength: float | None = None
+    looks_at_picture: bool = False
+    sampled_picture: bool = False
     chat_template: bool = False
     inputs: Mapping[str, Any] = field(default_factory=_frozen)
     parallel: tuple[str, ...] = ()
     exact_timestep: bool = False
     encode_outputs: tuple[str, ...] = ()
+
+    @property
+    def edits(self) -> bool:
+        """A request may come with a picture or without."""
+        return self.strength is not None or self.looks_at_picture
 
     @property
     def plans(self) -> tuple[str, ...]:
@@ -103,6 +115,7 @@ FAMILIES: tuple[Family, ...] = (
         pipeline_classes=("ZImagePipeline",),
         modular_class="ZImageModularPipeline",
         media="image",
+        strength=0.6,
         patch=2,
         min_multiple=16,
         max_side_key="axes_lens",
@@ -116,6 +129,7 @@ FAMILIES: tuple[Family, ...] = (
         pipeline_classes=("FluxPipeline",),
         modular_class="FluxModularPipeline",
         media="image",
+        strength=0.6,
         patch=2,
         steps=28,
         guidance=Guidance(default=3.5, via="input", embedded_flag="guidance_embeds"),
@@ -127,6 +141,7 @@ FAMILIES: tuple[Family, ...] = (
         when=_frozen(is_distilled=False),
         modular_class="Flux2KleinBaseModularPipeline",
         media="image",
+        looks_at_picture=True,
         patch=2,
         guidance=Guidance(default=4.0, via="guider"),
         chat_template=True,
@@ -138,6 +153,7 @@ FAMILIES: tuple[Family, ...] = (
         when=_frozen(is_distilled=True),
         modular_class="Flux2KleinModularPipeline",
         media="image",
+        looks_at_picture=True,
         patch=2,
         steps=4,
         guidance=Guidance(default=1.0, via="none"),
@@ -149,6 +165,8 @@ FAMILIES: tuple[Family, ...] = (
         pipeline_classes=("QwenImagePipeline",),
         modular_class="QwenImageModularPipeline",
         media="image",
+        strength=0.6,
+        sampled_picture=True,
         patch=2,
         guidance=Guidance(default=4.0, via="guider", negative=" "),
         inputs=_frozen(max_sequence_length=512),
@@ -159,6 +177,7 @@ FAMILIES: tuple[Family, ...] = (
         pipeline_classes=("StableDiffusion3Pipeline",),
         modular_class="StableDiffusion3ModularPipeline",
         media="image",
+        strength=0.6,
         max_side_key="pos_embed_max_size",
         steps=28,
         guidance=Guidance(default=7.0, via="guider", negative=""),
@@ -227,17 +246,18 @@ FAMILIES: tuple[Family, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Builtin:
-    """What a model that ships with ditrelay was made for: its sizes, steps and guidance, and its largest picture."""
+    """What a model that ships with ditrelay was made for: sizes, steps, guidance, strength, and its largest picture."""
 
     height: int
     width: int
     steps: int
     guidance: float
+    strength: float
     max_pixels: int
 
 
 BUILTINS: Mapping[str, Builtin] = MappingProxyType(
-    {"emoji": Builtin(height=128, width=128, steps=8, guidance=2.0, max_pixels=512 * 512)}
+    {"emoji": Builtin(height=128, width=128, steps=8, guidance=2.0, strength=0.5, max_pixels=512 * 512)}
 )
 
 # How a denoise can be spread over ranks -> the flag that asks for it.

@@ -26,7 +26,7 @@ from ditrelay.runtime.payloads import State
 from ditrelay.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from ditrelay.models.adapter import DenoiseSession, Frames
+    from ditrelay.models.adapter import DenoiseSession, Frames, Give
     from ditrelay.models.load_spec import LoadSpec
     from ditrelay.runtime.topology import Role
 
@@ -109,6 +109,9 @@ class StandardAdapter:
     def restore(self, session: DenoiseSession, captured: State) -> None:
         raise CodecError(f"a denoise of {self._family.name} can't be continued by another process")
 
+    def preview(self, session: DenoiseSession) -> State:
+        raise ValueError(f"{self._family.name} can show no previews")
+
     def finish(self, session: DenoiseSession) -> State:
         session = _own(session)
         if "latents" not in session.result:
@@ -120,7 +123,7 @@ class StandardAdapter:
         session.driver.close()
         session.result.clear()
 
-    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
+    def decode(self, requests: Sequence[Request], state: State, give: Give | None = None) -> list[Frames]:
         params = only(requests).params
         pipeline = self._pipelines["decode"]
         latents = unpack(state["latents"], self._device)

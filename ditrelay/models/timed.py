@@ -29,7 +29,7 @@ from ditrelay.runtime.payloads import State, StateValue
 from ditrelay.runtime.request import Request, SamplingParams
 
 if TYPE_CHECKING:
-    from ditrelay.models.adapter import DenoiseSession, Frames
+    from ditrelay.models.adapter import DenoiseSession, Frames, Give
 
 _FAULT = re.compile(r"\[(fail|hang|exit|invalid|oom) (encode|denoise|decode)\]")
 _HANG_SECONDS = 3600.0
@@ -123,18 +123,22 @@ class TimedAdapter:
         assert isinstance(steps, int) and isinstance(digest, int)
         session.steps_done, session.digest = steps, digest
 
+    def preview(self, session: DenoiseSession) -> State:
+        return {"latents": StateValue(self._pattern(_own(session).digest, 64e-6))}
+
     def finish(self, session: DenoiseSession) -> State:
         return {"latents": StateValue(_own(session).latents)}
 
     def abandon(self, session: DenoiseSession) -> None:
         _own(session).abandoned = True
 
-    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
+    def decode(self, requests: Sequence[Request], state: State, give: Give | None = None) -> list[Frames]:
         params = only(requests).params
         self._fault("decode", params)
         with self._lock, _Lasting(self._options.decode):
             noise = np.random.default_rng(_digest(state))
-            return [noise.integers(0, 256, (1, params.height or 64, params.width or 64, 3), dtype=np.uint8)]
+            size = (params.num_frames or 1, params.height or 64, params.width or 64, 3)
+            return [noise.integers(0, 256, size, dtype=np.uint8)]
 
     def _fault(self, stage: str, params: SamplingParams) -> None:
         for kind, where in _FAULT.findall(params.prompt):

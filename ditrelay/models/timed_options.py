@@ -10,6 +10,7 @@ import msgspec
 from ditrelay.errors import UnsupportedModel
 
 TIMED_PREFIX = "builtin:timed"
+_COUNTS = ("steps", "frames")
 
 
 class TimedOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +23,7 @@ class TimedOptions(msgspec.Struct, frozen=True, kw_only=True):
         steps: default number of steps.
         conditioning_mb: size of the conditioning in MB (10**6 bytes).
         latents_mb: size of the latents in MB.
+        frames: default number of frames of a clip; 1: it makes pictures.
     """
 
     encode: float = 0.01
@@ -30,6 +32,7 @@ class TimedOptions(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 4
     conditioning_mb: float = 1.0
     latents_mb: float = 0.25
+    frames: int = 1
 
     @classmethod
     def parse(cls, model_path: str) -> TimedOptions:
@@ -44,7 +47,7 @@ class TimedOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise UnsupportedModel(f"{TIMED_PREFIX}: {error}") from error
         values = msgspec.structs.asdict(options)
         for name, value in values.items():
-            if not math.isfinite(value) or value < 0 or (name == "steps" and value < 1):
-                lowest = 1 if name == "steps" else 0
+            if not math.isfinite(value) or value < 0 or (name in _COUNTS and value < 1):
+                lowest = 1 if name in _COUNTS else 0
                 raise UnsupportedModel(f"{TIMED_PREFIX}: {name}={value}; allowed: a number >= {lowest}")
         return options

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +15,7 @@ from ditrelay.runtime.payloads import JsonValue, StateValue
 from ditrelay.runtime.request import Request
 
 _DTYPE_KEY = "torch.dtype"  # blocks hand a dtype on; it travels as {"torch.dtype": "bfloat16"}
+_GENERATOR_KEY = "torch.Generator"  # its state, as text: a tensor would go over the device, and be waited for
 
 
 def only(requests: Sequence[Request]) -> Request:
@@ -23,7 +26,7 @@ def only(requests: Sequence[Request]) -> Request:
 
 
 def pack(name: str, value: Any, kwargs_type: str | None = None) -> StateValue:
-    """``value`` as it may cross an edge: a tensor, a list of tensors, or JSON data.
+    """``value`` as it may cross an edge: a tensor, a list of tensors, or JSON data (also a dtype, a CPU generator).
 
     Raises:
         CodecError: it is none of these.
@@ -36,6 +39,9 @@ def pack(name: str, value: Any, kwargs_type: str | None = None) -> StateValue:
         return StateValue(list(value), kwargs_type)
     if isinstance(value, torch.dtype):
         return StateValue({_DTYPE_KEY: str(value).removeprefix("torch.")}, kwargs_type)
+    if isinstance(value, torch.Generator):
+        state = zlib.compress(value.get_state().numpy().tobytes())
+        return StateValue({_GENERATOR_KEY: base64.b64encode(state).decode("ascii")}, kwargs_type)
     return StateValue(_json(name, value), kwargs_type)
 
 
@@ -48,6 +54,9 @@ def unpack(value: StateValue, device: torch.device) -> Any:
         return [item.to(device) if isinstance(item, torch.Tensor) else item for item in content]
     if isinstance(content, dict) and set(content) == {_DTYPE_KEY}:
         return getattr(torch, str(content[_DTYPE_KEY]))
+    if isinstance(content, dict) and set(content) == {_GENERATOR_KEY}:
+        state = zlib.decompress(base64.b64decode(str(content[_GENERATOR_KEY])))
+        return torch.Generator("cpu").set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     return content
 
 

@@ -37,15 +37,16 @@ _Kind = tuple[frozenset[str], int, int, int, int]
 
 
 class Shape(NamedTuple):
-    """Pixels, and frames."""
+    """Pixels, and frames; and whether a picture is given, which takes memory of its own."""
 
     width: int
     height: int
     frames: int
+    from_picture: bool = False
 
     @classmethod
     def of(cls, params: SamplingParams) -> Shape:
-        return cls(params.width or 1, params.height or 1, params.num_frames or 1)
+        return cls(params.width or 1, params.height or 1, params.num_frames or 1, params.image is not None)
 
     @property
     def pixels(self) -> int:
@@ -137,7 +138,7 @@ class Admission:
         self._frame_multiple = frame_multiple
         self._lock = threading.Lock()
         self._capacity: dict[int, int] = {}
-        self._needs: dict[tuple[_Kind, Stage], Needs] = {}
+        self._needs: dict[tuple[_Kind, Stage, bool], Needs] = {}
 
     def set_capacity(self, rank: int, capacity: int) -> None:
         """``rank`` has so many bytes of memory; 0: that is not known."""
@@ -146,7 +147,8 @@ class Admission:
 
     def learn(self, rank: int, stage: Stage, params: SamplingParams, memory: StageMemory) -> None:
         """``rank`` has computed ``stage`` for ``params`` (resolved), which took ``memory``."""
-        shape, key = Shape.of(params), (_kind(self._topology.unit_of(rank)), stage)
+        shape = Shape.of(params)
+        key = (_kind(self._topology.unit_of(rank)), stage, _takes_picture(stage, shape))
         with self._lock:
             if needs := self._needs.get(key):
                 needs.add(shape, memory)
@@ -185,7 +187,7 @@ class Admission:
         yield "encode", self._topology.encoders
 
     def _excess_on(self, unit: Unit, stage: Stage, shape: Shape) -> _Excess | None:
-        needs = self._needs.get((_kind(unit), stage))
+        needs = self._needs.get((_kind(unit), stage, _takes_picture(stage, shape)))
         capacity = min(self._capacity.get(rank, 0) for rank in unit.members)
         estimate = needs.estimate(stage, shape) if needs else 0
         if needs is None or not capacity or estimate <= USABLE * capacity:
@@ -201,7 +203,12 @@ class Admission:
         for width in range(shape.width - step, 0, -step):
             height = width * shape.height // shape.width // step * step
             if height:
-                yield Shape(width, height, shape.frames)
+                yield shape._replace(width=width, height=height)
+
+
+def _takes_picture(stage: Stage, shape: Shape) -> bool:
+    """What is done with a picture is learned apart: it is encoded beside the text, and the denoise may look at it."""
+    return stage != "decode" and shape.from_picture
 
 
 def _kind(unit: Unit) -> _Kind:

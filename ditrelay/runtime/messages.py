@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.preview_messages import Preview, Previewed, PreviewTaken
 from ditrelay.runtime.request import Request
 
 Stage = Literal["encode", "denoise", "decode"]
@@ -115,7 +116,7 @@ class Alive(_Message, frozen=True, tag=True):
     rank: int
 
 
-Command = Encode | Send | Expect | Denoise | Decode | Drop | Release | OpenEdge | CloseEdge | Shutdown | Alive
+Command = Encode | Send | Expect | Denoise | Decode | Preview | Drop | Release | OpenEdge | CloseEdge | Shutdown | Alive
 
 
 # ---------------------------------------------------------------- events: worker -> head
@@ -320,6 +321,8 @@ FleetEvent = (
     | EdgeFailed
     | Started
     | StepDone
+    | PreviewTaken
+    | Previewed
     | Launched
     | Encoded
     | Denoised

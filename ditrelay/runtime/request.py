@@ -22,9 +22,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         num_inference_steps: denoising steps.
         guidance_scale: strength of guidance, in the units of the model's own pipeline.
         seed: seed of the CPU noise generator, 0 <= seed < 2**63; drawn at submission when absent.
-        image: an encoded picture (PNG, JPEG) to start from, for image-to-video models.
+        image: an encoded picture (PNG, JPEG, WebP) to start from, for image-to-video and image-to-image.
+        strength: image-to-image: how much of the picture is drawn anew, 0 < strength <= 1; as many steps are left out.
         output_format: of a picture's file; PNG where absent. Clips are MP4 files whatever it says.
         output_compression: quality of a JPEG or WebP file, 0 (smallest file) to 100 (the default: finest picture).
+        previews: how many small pictures of the work in progress are wanted at most, 0 to 10. They change nothing else.
     """
 
     prompt: str
@@ -36,8 +38,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     guidance_scale: float | None = None
     seed: int | None = None
     image: bytes | None = None
+    strength: float | None = None
     output_format: PictureFormat | None = None
     output_compression: int | None = None
+    previews: int = 0
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

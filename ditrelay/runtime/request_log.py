@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Literal
 
 from ditrelay.errors import EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
+from ditrelay.runtime.activity import ActivityFeed
 from ditrelay.runtime.admission import Admission
 from ditrelay.runtime.messages import (
     Decoded,
@@ -27,7 +29,9 @@ from ditrelay.runtime.messages import (
 )
 from ditrelay.runtime.meters import Meters, Readings
 from ditrelay.runtime.metrics import RequestClock, Span, SpanKind
+from ditrelay.runtime.preview_messages import Previewed
 from ditrelay.runtime.request import Request, RequestState
+from ditrelay.runtime.telemetry import Carrier, EndedRequest, caller
 from ditrelay.runtime.tickets import Progress, Result, Ticket
 from ditrelay.runtime.topology import Topology
 
@@ -43,6 +47,7 @@ class _Entry:
     request: Request
     ticket: Ticket
     clock: RequestClock
+    caller: Carrier | None
     state: RequestState = RequestState.QUEUED
     media: Decoded | None = None
     steps: list[float] = field(default_factory=list)
@@ -63,6 +68,9 @@ class KeptSpans:
         if len(self._of) > self._limit:
             del self._of[next(iter(self._of))]
 
+    def of(self, request_id: str) -> tuple[Span, ...]:
+        return tuple(span for _, span in self._of.get(request_id, ()))
+
     def all(self) -> list[Span]:
         """In the order in which they were added."""
         numbered = [each for spans in self._of.values() for each in spans]
@@ -75,9 +83,15 @@ class RequestLog:
     Args:
         topology: tells which rank denoises, whose free time decides what transfer time is exposed.
         admission: learns from what is observed, and is asked before a request is recorded.
+
+    Attributes:
+        activity: what every rank does at the moment.
+        on_end: is told of every request that ends.
     """
 
     def __init__(self, topology: Topology, admission: Admission | None = None) -> None:
+        self.activity = ActivityFeed()
+        self.on_end: Callable[[EndedRequest], None] | None = None
         self._topology = topology
         self._admission = admission or Admission(topology)
         self._entries: dict[str, _Entry] = {}
@@ -106,7 +120,7 @@ class RequestLog:
             if self._queued >= limit:
                 raise QueueFull(limit, self._retry_after())
             self._queued += 1
-            self._entries[request.request_id] = _Entry(request, ticket, RequestClock(now))
+            self._entries[request.request_id] = _Entry(request, ticket, RequestClock(now), caller())
         ticket.report(Progress(request.request_id, RequestState.QUEUED, at=now))
 
     def spans(self) -> list[Span]:
@@ -138,12 +152,16 @@ class RequestLog:
                 self._queued += (state is RequestState.QUEUED) - (entry.state is RequestState.QUEUED)
             self._meters.moved(entry.state, state)
             entry.state = state
-            entry.ticket.report(Progress(request_id, state, at=time.monotonic()))
+            now = time.monotonic()
+            self.activity.moved(request_id, state, now)
+            entry.ticket.report(Progress(request_id, state, at=now))
 
     def observe(self, event: WorkerEvent) -> None:
         """Record the moments that a worker reports, and what memory its stages took."""
         self._learn(event)
         self._meters.observe(event)
+        if not isinstance(event, Started) or event.request_id in self._entries:  # else nothing would end it
+            self.activity.observe(event, time.monotonic())
         match event:
             case Encoded(request_id=request_id, rank=rank, began=began, at=at):
                 self._span(request_id, rank, "encode", began, at)
@@ -163,6 +181,8 @@ class RequestLog:
                 self._free_since[rank] = at
             case Started() | StepDone():
                 self._observe_denoise(event)
+            case Previewed():
+                self._show(event)
 
     def _learn(self, event: WorkerEvent) -> None:
         match event:
@@ -185,11 +205,22 @@ class RequestLog:
             entry.clock.replica_free_since = self._free_since.get(event.rank, 0.0)
             entry.steps.clear()
 
+    def _show(self, event: Previewed) -> None:
+        """One that comes after the denoise is late: what is shown next is the picture itself."""
+        entry = self._entries.get(event.request_id)
+        if entry is not None and event.jpeg is not None and entry.state is RequestState.DENOISING:
+            place = (event.step, event.total, event.at)
+            entry.ticket.report(Progress(event.request_id, RequestState.DENOISING, *place, preview=event.jpeg))
+
     def finish(
         self, request_id: str, outcome: Literal["done", "failed", "cancelled"], reason: str | None, param: str | None
     ) -> None:
         entry = self._pop(request_id, outcome)
         now = time.monotonic()
+        self.activity.finished(request_id, now)
+        if self.on_end is not None:
+            spans = self._spans.of(request_id)
+            self.on_end(EndedRequest(entry.request, outcome, reason, entry.clock, now, spans, entry.caller))
         if outcome == "done":
             result = _result(entry, now)
             self._meters.finished(result.timings)
@@ -217,6 +248,7 @@ class RequestLog:
             entries, self._entries = list(self._entries.values()), {}
             self._queued = 0
         for entry in entries:
+            self.activity.finished(entry.request.request_id, time.monotonic())
             entry.ticket.fail(EngineClosed(reason), RequestState.FAILED, time.monotonic())
 
     # ------------------------------------------------------------ inside
@@ -237,6 +269,7 @@ class RequestLog:
     def _keep(self, span: Span) -> None:
         with self._lock:
             self._spans.add(span)
+        self.activity.done(span)
 
     def _transferred(self, event: Sent | Received) -> None:
         entry = self._entries.get(event.request_id)

@@ -1,17 +1,19 @@
 """The scheduler: a pure state machine. It takes events and returns actions; the caller does the I/O and has the clock.
 
 Rooms, in scheduling/: ``state`` (what there is), ``ledger`` (what requests hold), ``flow`` (requests forward),
-``recovery`` (requests back and out), ``liveness`` (units, edges, deadlines). What the caller and the workers owe it:
+``recovery`` (requests back and out), ``liveness`` (units, edges, deadlines), ``previews`` (who makes them). What the
+caller and the workers owe it:
 
 - Events of one rank arrive in the order in which that rank sent them, and commands to one rank are delivered in the
   order of the actions. Nothing is delivered from a process after its ``WorkerDown`` or ``Kill``.
 - ``CloseEdge`` frees what its generation had not delivered yet. ``Release`` frees whatever the rank has of the request,
   also an input that arrived over a generation that is closed by now.
-- After ``Dropped`` a worker says nothing more of that request, except perhaps ``Sent``.
+- After ``Dropped`` a worker says nothing more of that request, except perhaps ``Sent``, and of its previews.
 - Payloads between two stages of one unit stay in the worker: no ``Send``, ``Expect`` or ``Release``.
 - ``Launched`` may be left out. An ``early`` transfer that it led to moves nothing before the encode is done. Encodes of
   one rank are launched and done in the order in which they were asked for.
 - ``Tick`` comes about once a second.
+- ``Preview`` is answered with ``Previewed``, once nothing else is to do there; nothing waits for that.
 """
 
 from __future__ import annotations
@@ -45,10 +47,12 @@ from ditrelay.runtime.messages import (
     WorkerDown,
     WorkerUp,
 )
+from ditrelay.runtime.preview_messages import Previewed, PreviewTaken
 from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.scheduling.flow import Flow
 from ditrelay.runtime.scheduling.ledger import Ledger, OnState
 from ditrelay.runtime.scheduling.liveness import Liveness
+from ditrelay.runtime.scheduling.previews import Previews
 from ditrelay.runtime.scheduling.recovery import Recovery
 from ditrelay.runtime.scheduling.state import EdgeState, SchedulerConfig, Station, UnitState, UnitStatus
 from ditrelay.runtime.topology import Edge, Topology, Unit
@@ -118,16 +122,21 @@ class Scheduler:
     def __init__(self, topology: Topology, config: SchedulerConfig, on_state: OnState | None = None) -> None:
         self._ledger = Ledger(topology, config, on_state)
         recovery = Recovery(self._ledger)
-        self._liveness = Liveness(self._ledger, recovery)
+        self._previews = Previews(self._ledger)
+        self._liveness = Liveness(self._ledger, recovery, self._previews)
         self._flow = Flow(self._ledger, recovery)
-        self._handlers = self._event_table(self._flow, recovery, self._liveness)
+        self._handlers = self._event_table(self._flow, recovery, self._liveness, self._previews)
 
     @staticmethod
-    def _event_table(flow: Flow, recovery: Recovery, liveness: Liveness) -> dict[type, Callable[[Any], None]]:
+    def _event_table(
+        flow: Flow, recovery: Recovery, liveness: Liveness, previews: Previews
+    ) -> dict[type, Callable[[Any], None]]:
         return {
             Submit: flow.submit,
             Started: flow.started,
             StepDone: flow.step_done,
+            PreviewTaken: previews.taken,
+            Previewed: previews.made,
             Launched: flow.launched,
             Encoded: flow.encoded,
             Sent: lambda event: None,  # the source keeps its payload until the next stage is complete
@@ -157,6 +166,7 @@ class Scheduler:
         self._ledger.now = now
         self._handlers[type(event)](event)
         self._flow.pump()
+        self._previews.pump()
         return self._take_actions()
 
     def _take_actions(self) -> list[Action]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 import typing
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,11 @@ from ditrelay.runtime.degrees import check_group, split_sequence
 from ditrelay.runtime.flags import Flag, as_flag, flag, seconds
 
 API_KEY_VARIABLE = "DITRELAY_API_KEY"
+
+OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+OTLP_TRACES_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,252}[a-z0-9])?(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +117,19 @@ class ServerArgs:
         metavar="KEY",
         secret=True,
     )
+    allow_remote_media: str | None = flag(
+        None,
+        "Server",
+        "Hosts (HOST,HOST:PORT,...) whose pictures a request may name by address, never in a private network; "
+        "none where it isn't given.",
+        metavar="HOSTS",
+    )
+    otlp_endpoint: str | None = flag(
+        None,
+        "Server",
+        f"OTLP/HTTP address that traces are sent to (http://localhost:4318); {OTLP_VARIABLE} where it isn't given.",
+        metavar="URL",
+    )
     log_level: str = flag("info", "Server", "Least level logged.", choices=("debug", "info", "warning", "error"))
     trace: str | None = flag(
         None,
@@ -145,6 +164,14 @@ class ServerArgs:
     max_total_bytes: int = flag(
         256 << 20, "Limits", "Bytes of all requests' bodies at a time.", minimum=1, metavar="BYTES", is_bytes=True
     )
+    max_upload_bytes: int = flag(
+        32 << 20,
+        "Limits",
+        "Bytes of one request's body where it may hold a picture (edits, videos).",
+        minimum=1,
+        metavar="BYTES",
+        is_bytes=True,
+    )
     max_attempts: int = flag(
         3, "Limits", "Times a request is tried when its worker dies or its transfer fails.", minimum=1
     )
@@ -169,6 +196,10 @@ class ServerArgs:
         for each in server_flags():
             object.__setattr__(self, each.name, each.check(getattr(self, each.name)))
         self._check_ranks()
+        for host in self.media_hosts:
+            if not _HOST.fullmatch(host):
+                reason = f"{host!r} is no host; allowed: a.example, a.example:8080, several with commas"
+                raise ConfigError("--allow-remote-media", reason)
         if self.max_total_bytes < self.max_request_bytes:
             raise ConfigError(
                 "--max-total-bytes",
@@ -232,6 +263,25 @@ class ServerArgs:
         if not key.strip():
             raise ConfigError(API_KEY_VARIABLE, "it is set and empty; give it a key, or unset it")
         return key
+
+    def traces_url(self) -> str | None:
+        """Where traces are posted: ``otlp_endpoint``, else OpenTelemetry's variables; ``None`` where none is set.
+
+        Raises:
+            ConfigError: it is no http or https address.
+        """
+        exact = os.environ.get(OTLP_TRACES_VARIABLE)
+        base = self.otlp_endpoint or (None if exact else os.environ.get(OTLP_VARIABLE))
+        url = f"{base.rstrip('/')}/v1/traces" if base else exact or None
+        if url is not None and not url.startswith(("http://", "https://")):
+            name = "--otlp-endpoint" if self.otlp_endpoint else OTLP_TRACES_VARIABLE if exact else OTLP_VARIABLE
+            raise ConfigError(name, f"{base or exact!r} is no address; allowed: http://HOST:PORT, https://HOST:PORT")
+        return url
+
+    @property
+    def media_hosts(self) -> tuple[str, ...]:
+        """``allow_remote_media``, one by one, in lower case."""
+        return tuple(host.strip().lower() for host in (self.allow_remote_media or "").split(",") if host.strip())
 
     @property
     def num_dit_ranks(self) -> int:

@@ -1,4 +1,4 @@
-"""Where denoises leave how far they are, for the process that takes over: a file a request, in the launch's folder."""
+"""Where denoises leave how far they are, for the process that takes over, and what there is to see of them by then."""
 
 from __future__ import annotations
 
@@ -26,6 +26,24 @@ class Spool:
         """What is written until it gets the name of ``file``, so that nobody reads half of one."""
         return self.folder / f"{request_id}.tmp"
 
+    def preview(self, request_id: str) -> Path:
+        """The newest, for whoever has the time to make a picture of it."""
+        return self.folder / f"{request_id}.preview"
+
+    def unfinished_preview(self, request_id: str) -> Path:
+        return self.folder / f"{request_id}.preview-tmp"
+
+    def taken_preview(self, request_id: str) -> Path:
+        """The name that ``preview`` gets from whoever takes it."""
+        return self.folder / f"{request_id}.preview-taken"
+
+    def discard_preview(self, request_id: str) -> None:
+        """One that is taken is left to its taker."""
+        for file in (self.preview(request_id), self.unfinished_preview(request_id)):
+            file.unlink(missing_ok=True)
+
     def discard(self, request_id: str) -> None:
-        for file in (self.file(request_id), self.unfinished(request_id)):
+        """Everything of the request."""
+        self.discard_preview(request_id)
+        for file in (self.file(request_id), self.unfinished(request_id), self.taken_preview(request_id)):
             file.unlink(missing_ok=True)

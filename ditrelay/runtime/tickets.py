@@ -17,13 +17,17 @@ from ditrelay.runtime.request import Request, RequestState, SamplingParams
 
 @dataclass(frozen=True)
 class Progress:
-    """A request reached ``state``; while denoising, ``step`` of ``total_steps`` are done. ``at``: monotonic seconds."""
+    """A request reached ``state``; while denoising, ``step`` of ``total_steps`` are done. ``at``: monotonic seconds.
+
+    ``preview``: a small JPEG file of what the picture looked like after ``step``; later steps may be done by then.
+    """
 
     request_id: str
     state: RequestState
     step: int = 0
     total_steps: int = 0
     at: float = 0.0
+    preview: bytes | None = None
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,12 @@ def describe(topology: Topology) -> str:
     return f"{text} (replicas of {' and '.join(map(str, sizes))})" if sizes[0] > 1 else text
 
 
+def lanes_of(topology: Topology) -> list[tuple[int, LaneKind, str, str]]:
+    """Every lane, in the order in which a request meets them: leader, kind, the unit's ranks and its role in words."""
+    groups = _groups(topology, {})
+    return [(lane.rank, lane.kind, group.title, group.role) for group in groups for lane in group.lanes]
+
+
 def _bars(spans: Iterable[Span], numbers: Mapping[str, int], zero: float) -> _Bars:
     bars: _Bars = defaultdict(list)
     for span in spans:

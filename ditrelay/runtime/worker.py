@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 
 import torch
@@ -21,7 +22,7 @@ import torch.distributed as dist
 import zmq
 from torch._C._distributed_c10d import PrefixStore
 
-from ditrelay.models.adapter import StageAdapter
+from ditrelay.models.adapter import Decoder, StageAdapter
 from ditrelay.models.load_spec import LoadSpec
 from ditrelay.models.loading import load_adapter, resolve_dtype
 from ditrelay.runtime.communication.backends import connect_edge, may_send_early
@@ -36,9 +37,12 @@ from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import Dis
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
 from ditrelay.runtime.pipelines_core.executors.memory_gauge import gauge_of, resident_bytes
 from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
+from ditrelay.runtime.pipelines_core.executors.painter import LearningDecoder, Painter
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
+from ditrelay.runtime.pipelines_core.executors.previews import PreviewTaker, SpoolOutlet
 from ditrelay.runtime.pipelines_core.executors.replica import LedAdapter, follow
 from ditrelay.runtime.pipelines_core.stages import build_pipeline
+from ditrelay.runtime.preview_messages import Preview
 from ditrelay.runtime.run_dir import remove
 from ditrelay.runtime.spool import Spool
 from ditrelay.runtime.topology import Edge, Role, Unit
@@ -90,6 +94,7 @@ class Worker:
         self._stop = threading.Event()
         self._loop: OverlapLoop | None = None
         self._executor: DisaggregatedExecutor | None = None
+        self._painter: Painter | None = None
         self._leader: ReplicaLeader | None = None
         self._lanes: set[Lane] = set()
         self._gauge = gauge_of(self.device)
@@ -158,7 +163,11 @@ class Worker:
         )
         lanes = self._make_lanes()
         self._lanes = set(lanes.values())
-        pipeline = build_pipeline(adapter, self.roles, fps=spec.card.fps)
+        self._painter = self._make_painter(adapter, lanes)
+        decoder: Decoder = LearningDecoder(adapter, self._painter) if self._painter else adapter
+        pipeline = build_pipeline(
+            adapter, self.roles, decoder=decoder, fps=spec.card.fps, timeout=spec.args.stage_timeout
+        )
         outgoing = [edge for edge in edges if edge.src == self.rank]
         early = may_send_early(spec.args.transfer_backend, outgoing, self.device)
         self._loop = OverlapLoop(
@@ -169,6 +178,7 @@ class Worker:
             emit=self._sockets.emit,
             announce=early and spec.args.use_async_comm,
             checkpoints=self._checkpoints(),
+            previews=self._previews(),
             gauge=self._gauge,
             on_broken=self.fail,
         )
@@ -176,6 +186,17 @@ class Worker:
     def _checkpoints(self) -> Checkpoints | None:
         steps = self.spec.args.checkpoint_steps
         return Checkpoints(Spool(self.spec.run_dir), steps) if steps and "denoise" in self.roles else None
+
+    def _make_painter(self, adapter: StageAdapter, lanes: Mapping[Role, Lane]) -> Painter | None:
+        if "decode" not in self.roles or not self.spec.card.previews:
+            return None
+        return Painter(self.rank, adapter, lanes["decode"], Spool(self.spec.run_dir), self._sockets.emit)
+
+    def _previews(self) -> PreviewTaker | None:
+        """A rank that decodes, too, has no need of the spool."""
+        if "denoise" not in self.roles or not self.spec.card.previews:
+            return None
+        return PreviewTaker(self._painter or SpoolOutlet(self.rank, Spool(self.spec.run_dir), self._sockets.emit))
 
     def _communicator(self) -> DisaggCommunicator:
         spec, timeout = self.spec, self.spec.args.dist_timeout
@@ -249,9 +270,15 @@ class Worker:
                 self._sockets.emit(self._heartbeat(beat))
 
     def _carry_out(self, command: Command) -> None:
-        if not isinstance(command, Alive):
-            assert self._loop is not None, "the head sends no work before WorkerUp"
-            self._loop.handle(command)
+        match command:
+            case Alive():
+                pass
+            case Preview(request=request, spare=spare):
+                assert self._painter is not None, "the head asks only ranks that decode"
+                self._painter.make(request, spare)
+            case _:
+                assert self._loop is not None, "the head sends no work before WorkerUp"
+                self._loop.handle(command)
 
     def _shut_down(self) -> None:
         self._stop.set()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ditrelay.models.adapter import Frames
+    from ditrelay.runtime.pipelines_core.clips import ClipFile
 
 
 class StageCancelled(Exception):
@@ -27,7 +28,7 @@ class Batch:
 
     ``payload`` is the state in the form in which it crosses an edge; ``header`` alone announces one that is expected.
     ``ready``: the event behind the stage that makes the payload, where it was announced before that was done.
-    ``frames``: the pixels of each request, not yet a file.
+    ``frames``: the pixels of each request, not yet a file; ``clip``: a file that is being written.
     """
 
     requests: tuple[Request, ...]
@@ -36,6 +37,7 @@ class Batch:
     payload: Payload | None = None
     ready: torch.cuda.Event | None = None
     frames: Sequence[Frames] = ()
+    clip: ClipFile | None = None
     media: tuple[Media, ...] = ()
 
     @property
@@ -62,9 +64,13 @@ class StageControl(Protocol):
         """After ``step`` steps, and more to come: ``capture`` tells what another process needs to go on from here."""
         ...
 
+    def show(self, step: int, total: int, estimate: Callable[[], State]) -> None:
+        """After ``step`` of ``total`` steps, and more to come: ``estimate`` tells what they will make."""
+        ...
+
 
 class Uncontrolled:
-    """A ``StageControl`` that neither watches, nor stops, nor keeps."""
+    """A ``StageControl`` that neither watches, nor stops, nor keeps, nor shows."""
 
     def before_step(self) -> None: ...
 
@@ -73,6 +79,8 @@ class Uncontrolled:
     def checkpoint(self) -> State | None: ...
 
     def keep(self, step: int, capture: Callable[[], State]) -> None: ...
+
+    def show(self, step: int, total: int, estimate: Callable[[], State]) -> None: ...
 
 
 class Stage(Protocol):

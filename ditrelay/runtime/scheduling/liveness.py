@@ -19,6 +19,7 @@ from ditrelay.runtime.messages import (
     WorkerUp,
 )
 from ditrelay.runtime.scheduling.ledger import Ledger
+from ditrelay.runtime.scheduling.previews import Previews
 from ditrelay.runtime.scheduling.recovery import Recovery
 from ditrelay.runtime.scheduling.state import EdgeState, Record, Station, UnitState, UnitStatus
 from ditrelay.runtime.scheduling.watches import HANG_FACTOR, Watch
@@ -37,9 +38,10 @@ MEMORY_LOW = 0.8
 class Liveness:
     """Owns the status of units and edges."""
 
-    def __init__(self, ledger: Ledger, recovery: Recovery) -> None:
+    def __init__(self, ledger: Ledger, recovery: Recovery, previews: Previews) -> None:
         self._ledger = ledger
         self._recovery = recovery
+        self._previews = previews
         self._unit_of = {rank: unit for unit in ledger.units.values() for rank in unit.unit.members}
         self._startups: Watch[UnitState] = Watch(ledger.config.startup_timeout)
         self._openings: Watch[EdgeState] = Watch(ledger.config.transfer_timeout)
@@ -100,6 +102,7 @@ class Liveness:
         for edge in unit.edges:
             edge.failures = 0
             self._close(edge, cause)
+        self._previews.unit_lost(unit)
         self._recovery.unit_lost(unit, cause)
         if unit.status == "failed":
             self._lose_roles(unit, cause)
@@ -231,6 +234,8 @@ class Liveness:
         culprit = next((other.running for other in busy if other.running is not None), station.dispatched[0])
         assert culprit.at is not None
         after = f" (after step {culprit.step})" if culprit.step else ""
+        if culprit.began is None and unit.preview is not None:
+            after = f" (behind a preview of request {unit.preview.id})"
         what = f"the {culprit.at.stage} of request {culprit.id} on {unit.unit}{after}"
         allowed = "--stage-timeout" if final else self._explain(culprit, culprit.at)
         reason = f"{what} showed no progress for {limit:.3g} s ({allowed})"

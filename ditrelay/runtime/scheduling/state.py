@@ -122,6 +122,7 @@ class Record:
         step: of its denoise, the one done last.
         ran_out: of memory, once: the next time it fails.
         alone: where it is tried again with nothing else on the unit.
+        previews: its previews are made; no more after one whose maker was lost with it.
     """
 
     request: Request
@@ -143,6 +144,7 @@ class Record:
     step: int = 0
     ran_out: bool = False
     alone: Station | None = None
+    previews: bool = True
 
     @property
     def shape(self) -> Shape:
@@ -270,6 +272,7 @@ class UnitState:
         restarted: how often it was to be restarted.
         reason: why it is down or failed.
         alone: requests that ran out of memory here, to be tried again one by one; until then no other comes.
+        preview: the request of which a preview is made here.
     """
 
     unit: Unit
@@ -289,10 +292,16 @@ class UnitState:
     respawn_at: float = 0.0
     reason: str | None = None
     alone: deque[Record] = field(default_factory=deque)
+    preview: Record | None = None
 
     @property
     def leader(self) -> int:
         return self.unit.leader
+
+    @property
+    def idles(self) -> bool:
+        """It has no work, nor is any on the way to it."""
+        return self.status == "up" and not self.load and not self.alone and self.preview is None
 
     @property
     def is_quiet(self) -> bool:

@@ -138,7 +138,11 @@ class StageWatch:
             return self._limit_of(station.running, station)
         others = [other for other in station.unit.stations.values() if other.running is not None]
         limits = [self._limit_of(other.running, other) for other in others if other.running is not None]
-        return max(limits, default=self._config.stage_timeout)
+        return max(limits, default=self._unexplained(station))
+
+    def _unexplained(self, station: Station) -> float:
+        """Nothing at its unit has begun: the worker has not said so yet, or makes a preview, which takes no time."""
+        return self._config.stage_timeout if station.unit.preview is None else self._least
 
     def usual(self, record: Record, station: Station) -> float | None:
         """Seconds that a part of such a stage took lately; ``None`` where nothing can be said yet."""

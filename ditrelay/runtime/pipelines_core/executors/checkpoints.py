@@ -11,31 +11,14 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import msgspec
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from ditrelay.errors import CodecError, TransferCorrupt
-from ditrelay.runtime.communication.codec import decode_payload, encode_state, verify
-from ditrelay.runtime.payloads import UNREADABLE, Payload, PayloadHeader, State, StateValue
+from ditrelay.errors import CodecError
+from ditrelay.runtime.payloads import State
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
+from ditrelay.runtime.pipelines_core.executors.state_files import DAMAGED, NOT_WRITTEN, load, save, to_host
 from ditrelay.runtime.spool import Spool
 
 logger = logging.getLogger(__name__)
-
-_DAMAGED = (
-    *UNREADABLE,
-    OSError,
-    SafetensorError,
-    CodecError,
-    TransferCorrupt,
-    KeyError,
-    TypeError,
-    ValueError,
-)
 
 
 class Checkpoints:
@@ -59,8 +42,8 @@ class Checkpoints:
         if not file.exists():
             return None
         try:
-            state = _load(str(file), request_id)
-        except _DAMAGED as error:
+            state = load(file, request_id)
+        except DAMAGED as error:
             logger.warning("the checkpoint of request %s can't be read, so it starts over: %s", request_id, error)
             self._spool.discard(request_id)
             return None
@@ -72,7 +55,7 @@ class Checkpoints:
         if step % self._steps or self._refused or self._writing.is_set():
             return
         try:
-            state = _to_host(capture())
+            state = to_host(capture())
         except CodecError as error:
             self._refused = True
             logger.warning("no checkpoints are written, so that a denoise that is interrupted starts over: %s", error)
@@ -91,42 +74,10 @@ class Checkpoints:
     def _write(self, request_id: str, state: State) -> None:
         unfinished = self._spool.unfinished(request_id)
         try:
-            _save(str(unfinished), request_id, state)
+            save(unfinished, request_id, state)
             os.replace(unfinished, self._spool.file(request_id))
-        except (OSError, SafetensorError, CodecError) as error:
+        except NOT_WRITTEN as error:
             logger.warning("the checkpoint of request %s could not be written: %s", request_id, error)
             unfinished.unlink(missing_ok=True)
         finally:
             self._writing.clear()
-
-
-def _save(path: str, request_id: str, state: State) -> None:
-    payload = encode_state(state, batch_id=request_id, request_ids=[request_id], checksum=True)
-    tensors = {str(number): tensor for number, tensor in enumerate(payload.tensors)}
-    save_file(tensors, path, metadata={"header": msgspec.json.encode(payload.header).decode()})
-
-
-def _load(path: str, request_id: str) -> State:
-    with safe_open(path, framework="pt") as file:
-        header = msgspec.json.decode(file.metadata()["header"], type=PayloadHeader)
-        payload = Payload(header, tuple(file.get_tensor(str(number)) for number in range(len(header.tensors))))
-    if header.batch_id != request_id:
-        raise CodecError(f"it is of request {header.batch_id}")
-    verify(payload)
-    return decode_payload(payload)
-
-
-def _to_host(state: State) -> State:
-    return {name: StateValue(_copy(entry.value), entry.kwargs_type) for name, entry in state.items()}
-
-
-def _copy(value: Any) -> Any:
-    """Tensors in memory that no step writes to; those of a device are valid once it has done its part."""
-    if isinstance(value, list):
-        return [_copy(item) for item in value]
-    if not isinstance(value, torch.Tensor):
-        return value
-    if value.device.type == "cpu":
-        return value.clone(memory_format=torch.contiguous_format)
-    pinned = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-    return pinned.copy_(value, non_blocking=True)

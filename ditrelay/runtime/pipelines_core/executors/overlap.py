@@ -52,6 +52,7 @@ from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import Dis
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
 from ditrelay.runtime.pipelines_core.executors.memory_gauge import MemoryGauge
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
+from ditrelay.runtime.pipelines_core.executors.previews import PreviewTaker
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.pipelines_core.executors.stage_run import Emit, StageRun, Watch, free_after
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Pipeline, StageCancelled
@@ -73,7 +74,7 @@ class _Resident:
 
 
 class OverlapLoop:
-    """Carries out the head's commands on one rank.
+    """Carries out the head's commands on one rank, but for ``Preview``, which moves none of what a rank holds.
 
     Args:
         executor: this rank's transfers.
@@ -84,6 +85,7 @@ class OverlapLoop:
         announce: report an encode when it is launched, where its device runs behind, so that its transfer is arranged
             by the time it is done.
         checkpoints: where denoises are kept in the middle; ``None``: one that is interrupted starts over.
+        previews: takes those of this rank's denoises.
         gauge: what memory each stage took; ``None``: that is not reported.
         on_broken: called when the ranks of a replica are torn apart; ends the process.
     """
@@ -98,6 +100,7 @@ class OverlapLoop:
         emit: Emit,
         announce: bool = False,
         checkpoints: Checkpoints | None = None,
+        previews: PreviewTaker | None = None,
         gauge: MemoryGauge | None = None,
         on_broken: Callable[[str], None] = lambda reason: None,
     ) -> None:
@@ -108,6 +111,7 @@ class OverlapLoop:
         self._emit = emit
         self._announces = announce
         self._checkpoints = checkpoints
+        self._previews = previews
         self._gauge = gauge
         self._on_broken = on_broken
         self._broken = False
@@ -218,8 +222,9 @@ class OverlapLoop:
         run = StageRun(role, (resident.batch.payload, resident.batch.state))
         progress = self._lanes[role].progress
         progress.then(lambda reached: self._began(resident, run, reached))
-        kept = self._checkpoints if role == "denoise" else None
-        watch = Watch(self._rank, resident.request_id, progress, self._emit, lambda: resident.ending == "drop", kept)
+        kept = (self._checkpoints, self._previews) if role == "denoise" else ()
+        request = resident.batch.requests[0]
+        watch = Watch(self._rank, request, progress, self._emit, lambda: resident.ending == "drop", *kept)
         idle = self._gauge.begin() if self._gauge else 0
         try:
             self._pipeline.stage(role).run(resident.batch, watch)
@@ -263,6 +268,8 @@ class OverlapLoop:
             self._fail(resident, run, error)
         if run.role == "denoise" and self._checkpoints is not None:
             self._checkpoints.remove(resident.request_id)
+        if run.role == "denoise" and self._previews is not None:
+            self._previews.forget(resident.batch.requests[0])
 
     def _succeed(self, resident: _Resident, run: StageRun) -> None:
         if run.role == "decode":

@@ -35,7 +35,7 @@ from ditrelay.runtime.pipelines_core.executors.stage_run import free_after
 from ditrelay.runtime.request import Request
 
 if TYPE_CHECKING:
-    from ditrelay.models.adapter import Frames
+    from ditrelay.models.adapter import Frames, Give
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class LedAdapter:
     def encode(self, requests: Sequence[Request]) -> State:
         return self._inner.encode(requests)
 
-    def decode(self, requests: Sequence[Request], state: State) -> list[Frames]:
-        return self._inner.decode(requests, state)
+    def decode(self, requests: Sequence[Request], state: State, give: Give | None = None) -> list[Frames]:
+        return self._inner.decode(requests, state, give)
 
     def begin(self, requests: Sequence[Request], state: State) -> _LedSession:
         request = requests[0]
@@ -90,6 +90,11 @@ class LedAdapter:
         """That of the leader: all ranks have the same latents between two steps."""
         assert isinstance(session, _LedSession)
         return self._inner.capture(session.inner)
+
+    def preview(self, session: DenoiseSession) -> State:
+        """That of the leader."""
+        assert isinstance(session, _LedSession)
+        return self._inner.preview(session.inner)
 
     def restore(self, session: DenoiseSession, captured: State) -> None:
         assert isinstance(session, _LedSession)

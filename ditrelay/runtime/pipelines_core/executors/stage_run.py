@@ -10,8 +10,10 @@ import torch
 from ditrelay.runtime.messages import StageMemory, StepDone, WorkerEvent
 from ditrelay.runtime.payloads import PayloadHeader, State
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
+from ditrelay.runtime.pipelines_core.executors.previews import PreviewTaker
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.pipelines_core.pipeline import StageCancelled
+from ditrelay.runtime.request import Request
 from ditrelay.runtime.topology import Role
 
 Emit = Callable[[WorkerEvent], None]
@@ -43,11 +45,12 @@ class Watch:
     """The ``StageControl`` of a stage: reports its steps, and stops it between two of them once it is ``unwanted``."""
 
     rank: int
-    request_id: str
+    request: Request
     progress: Progress
     emit: Emit
     unwanted: Callable[[], bool]
     checkpoints: Checkpoints | None = None
+    previews: PreviewTaker | None = None
 
     def before_step(self) -> None:
         self.progress.pace()
@@ -57,13 +60,17 @@ class Watch:
     def after_step(self, step: int, total: int) -> None:
         def report(reached: Reached) -> None:
             if reached.error is None:
-                self.emit(StepDone(self.rank, self.request_id, step, total, reached.at))
+                self.emit(StepDone(self.rank, self.request.request_id, step, total, reached.at))
 
         self.progress.then(report, step=True)
 
     def checkpoint(self) -> State | None:
-        return None if self.checkpoints is None else self.checkpoints.read(self.request_id)
+        return None if self.checkpoints is None else self.checkpoints.read(self.request.request_id)
 
     def keep(self, step: int, capture: Callable[[], State]) -> None:
         if self.checkpoints is not None:
-            self.checkpoints.keep(self.request_id, step, capture, self.progress)
+            self.checkpoints.keep(self.request.request_id, step, capture, self.progress)
+
+    def show(self, step: int, total: int, estimate: Callable[[], State]) -> None:
+        if self.previews is not None:
+            self.previews.take(self.request, step, total, estimate, self.progress)

@@ -30,6 +30,7 @@ class DenoiseStage:
                 control.after_step(session.steps_done, session.total_steps)
                 if more:
                     control.keep(session.steps_done, partial(adapter.capture, session))
+                    control.show(session.steps_done, session.total_steps, lambda: adapter.preview(session))
             batch.state = adapter.finish(session)
         finally:
             adapter.abandon(session)
