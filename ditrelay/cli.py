@@ -100,7 +100,7 @@ def generate(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Picture to start from (image-to-video).", metavar="FILE", rich_help_panel="Request"),
+        typer.Option(help="Picture to start from, for models that can.", metavar="FILE", rich_help_panel="Request"),
     ] = None,
 ) -> int:
     """Draw pictures or clips and show where the time went. What isn't given is the model's default."""

@@ -28,6 +28,7 @@ REQUEST_FLAGS = tuple(
         ("num_inference_steps", int, 1, "Denoising steps."),
         ("guidance_scale", float, 0, "Strength of guidance."),
         ("negative_prompt", str, None, "What to keep away from."),
+        ("strength", float, 0, "With --image: how much of the picture is drawn anew, up to 1."),
         ("height", int, 1, "Pixels."),
         ("width", int, 1, "Pixels."),
         ("num_frames", int, 1, "Frames of a clip."),

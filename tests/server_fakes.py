@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,7 +20,8 @@ from ditrelay.errors import (
     RequestFailed,
     StartupError,
 )
-from ditrelay.models.card import load_card
+from ditrelay.models.card import ModelCard, load_card
+from ditrelay.runtime.activity import Activity, ActivityFeed, follow
 from ditrelay.runtime.messages import Heartbeat
 from ditrelay.runtime.metrics import Timings
 from ditrelay.runtime.request import RequestState, SamplingParams
@@ -29,11 +29,12 @@ from ditrelay.runtime.scheduler import EdgeSnapshot
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus, WorkerStatus
 from ditrelay.runtime.tickets import Progress
-from ditrelay.runtime.topology import Edge
+from ditrelay.runtime.topology import Edge, Topology
 from ditrelay.server.app import create_app
 
 DRAWN_SEED = 1234
 ADDRESS = "http://fuzz.test"
+EMOJI = load_card("builtin:emoji")
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,15 @@ class FakeEngine:
     tickets: list[FakeTicket] = field(default_factory=list)
     down: dict[int, str] = field(default_factory=dict)
     lost_roles: tuple[tuple[str, str], ...] = ()
+    topology: Topology = field(default_factory=lambda: Topology.build(ServerArgs(enable_disagg=True, num_gpus=3)))
+    feed: ActivityFeed = field(default_factory=ActivityFeed)
+
+    def activity(self) -> AsyncGenerator[Activity, None]:
+        return follow(self.feed.watch)
 
     @property
-    def card(self) -> SimpleNamespace:
-        return SimpleNamespace(media=self.media)
+    def card(self) -> ModelCard:
+        return msgspec.structs.replace(EMOJI, media=self.media)
 
     async def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -212,7 +218,7 @@ def post(engine: FakeEngine, **body: object) -> httpx.Response:
 class CardEngine(FakeEngine):
     """Checks parameters as the real engine does."""
 
-    model_card = load_card("builtin:emoji")
+    model_card = EMOJI
 
     async def submit(self, params: SamplingParams) -> FakeTicket:
         return await super().submit(self.model_card.resolve(params))

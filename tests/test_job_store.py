@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from postgres import Cluster, postgres
 
 from ditrelay.errors import ConfigError
 from ditrelay.server.job_store import Job, JobState, JobStore
@@ -28,15 +30,25 @@ def clock() -> Clock:
     return Clock()
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with postgres() as running:
+        yield running
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of the test's own."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'jobs.sqlite'}"
+    return request.getfixturevalue("cluster").create_database(f"jobs_{uuid.uuid4().hex}")
+
+
 @pytest.fixture
-def store(tmp_path: Path, clock: Clock) -> Iterator[JobStore]:
-    made = JobStore(url_of(tmp_path), clock=clock)
+def store(url: str, clock: Clock) -> Iterator[JobStore]:
+    made = JobStore(url, clock=clock)
     yield made
     made.close()
-
-
-def url_of(folder: Path) -> str:
-    return f"sqlite:///{folder / 'jobs.sqlite'}"
 
 
 def add(store: JobStore, job_id: str, limit: int = 100, **fields: object) -> Job | None:
@@ -54,11 +66,12 @@ def ids(jobs: list[Job]) -> list[str]:
     return [job.id for job in jobs]
 
 
-def test_a_job_is_what_was_added_also_after_the_store_was_opened_again(store, tmp_path):
+def test_a_job_is_what_was_added_also_after_the_store_was_opened_again(store, url):
     params = {"prompt": "ein Schiff ⛵", "seed": 2**62, "guidance_scale": 1.5, "image": None}
     added = add(store, "a", params=params, idempotency_key="k", fingerprint="f")
     assert added is not None and (added.params, added.state, added.seq) == (params, JobState.QUEUED, 1)
-    again = JobStore(url_of(tmp_path))
+    store.close()
+    again = JobStore(url)
     assert again.get("a") == added
     again.close()
 
@@ -113,7 +126,8 @@ def test_the_queue_is_in_the_order_of_submission_and_what_was_interrupted_goes_b
     for job_id in "abc":
         add(store, job_id)
     store.start("a")
-    assert ids(store.queued("tiny", 9)) == ["b", "c"]
+    assert ids(store.queued("tiny", 9)) == ["b", "c"] == store.queue("tiny")
+    assert [store.place(job) for job in store.queued("tiny", 9)] == [1, 2]
     assert ids(store.interrupted()) == ["a"]
     assert store.requeue("a")
     assert ids(store.queued("tiny", 2)) == ["a", "b"] and not store.interrupted()
@@ -168,3 +182,57 @@ def test_a_password_is_not_in_the_error():
 def test_it_needs_no_torch():
     code = "import sys, ditrelay.server.job_store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+# ---------------------------------------------------------------- PostgreSQL
+
+
+def test_the_store_goes_on_when_the_database_was_restarted(cluster: Cluster) -> None:
+    store = JobStore(cluster.create_database("restarted"))
+    add(store, "a")
+    cluster.stop()
+    cluster.start()
+    assert store.start("a") and ids(store.page(limit=9)) == ["a"]
+    store.close()
+
+
+def test_a_database_has_one_server_at_a_time(cluster: Cluster) -> None:
+    url = cluster.create_database("claimed")
+    first = JobStore(url)
+    with pytest.raises(ConfigError, match="--job-store: the database is in use by another server"):
+        JobStore(url, claim_seconds=0.2)
+    first.close()
+    JobStore(url, claim_seconds=0.0).close()
+
+
+def test_a_database_is_free_again_when_its_server_was_killed(cluster: Cluster) -> None:
+    url = cluster.create_database("killed")
+    code = f"from ditrelay.server.job_store import JobStore; store = JobStore({url!r})"
+    words = [sys.executable, "-c", code + "; import time; print('up', flush=True); time.sleep(99)"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"up\n"
+    with pytest.raises(ConfigError):
+        JobStore(url, claim_seconds=0.0)
+    process.kill()
+    process.wait(10)
+    process.stdout.close()
+    JobStore(url).close()
+
+
+@pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
+def test_postgresql_is_found_under_its_usual_names(cluster: Cluster, scheme: str) -> None:
+    JobStore(cluster.url(scheme=scheme)).close()
+
+
+def test_characters_that_a_database_keeps_no_text_of_do_not_lose_the_job(store: JobStore) -> None:
+    added = add(store, "a", params={"prompt": "a\0b"})
+    assert added is not None and added.params == {"prompt": "a\0b"}
+    assert store.fail("a", "why\0?")
+    failed = store.get("a")
+    assert failed is not None and failed.error == "why?"
+
+
+def test_a_missing_driver_is_named_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(ConfigError, match=r"psycopg, is not installed; pip install 'ditrelay\[postgres\]'"):
+        JobStore("postgresql://localhost/x")

@@ -25,6 +25,7 @@ from ditrelay.server.app import create_app
 # Not every body that fits the page is drawn: what sizes, steps and guidance a model takes is its card's to say.
 CONFIG = {"seed": 1, "checks": {"positive_data_acceptance": {"enabled": False}}}
 PAGE = schemathesis.openapi.from_dict(create_app(FakeEngine()).openapi(), config=SchemathesisConfig.from_dict(CONFIG))
+PAGE = PAGE.exclude(path="/v1/activity")  # it has no end
 TELLS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 
 

@@ -232,3 +232,11 @@ def test_a_taken_port_is_one_line_and_code_2(capsys):
 def test_an_address_that_is_not_ours_names_the_flag(host):
     with pytest.raises(ConfigError, match="--host"):
         listen(host, 0)
+
+
+def test_an_answer_never_waits_for_the_client_to_acknowledge_its_headers() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()) as client:
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert client.getpeername() == listener.getsockname()

@@ -117,19 +117,25 @@ def test_the_root_says_what_there_is():
 def test_the_openapi_page_describes_what_is_really_sent():
     page = get("/openapi.json").json()
     post = page["paths"]["/v1/images/generations"]["post"]
-    assert set(post["responses"]) == {"200", "4XX", "5XX"}
+    assert set(post["responses"]) == {"200", "202", "4XX", "5XX"}
     request, answer = page["components"]["schemas"]["ImageGenerationRequest"], page["components"]["schemas"]["Picture"]
     assert request["additionalProperties"] is False
     assert request["required"] == ["prompt"]
     assert {"seed", "timings", "url", "b64_json"} == set(answer["properties"])
     assert "HTTPValidationError" not in page["components"]["schemas"]
     assert set(page["paths"]) == {
+        "/v1/images/edits",
         "/v1/images/generations",
         "/v1/images/{file_id}/content",
         "/v1/videos",
         "/v1/videos/{video_id}",
         "/v1/videos/{video_id}/content",
         "/v1/videos/{video_id}/cancel",
+        "/v1/jobs",
+        "/v1/jobs/{job_id}",
+        "/v1/jobs/{job_id}/events",
+        "/v1/jobs/{job_id}/cancel",
+        "/v1/activity",
         "/v1/models",
         "/v1/models/{model_id}",
         "/v1/topology",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
+import io
 import json
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
-from server_fakes import FakeEngine, post, running, settle
+from openai.types import ImageGenPartialImageEvent
+from PIL import Image
+from server_fakes import FakeEngine, FakeTicket, post, running, settle
 
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.server.app import create_app
@@ -49,6 +53,38 @@ def test_progress_comes_first_and_the_picture_last():
     assert base64.b64decode(last["b64_json"]) == b"PNG of a cat with 5"
     assert (last["seed"], last["size"], last["output_format"], last["index"]) == (5, "64x128", "jpeg", 0)
     assert last["usage"]["total_tokens"] == 0
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_previews_come_in_openais_form_and_in_the_format_asked_for(kind):
+    jpeg = io.BytesIO()
+    Image.new("RGB", (32, 16), "red").save(jpeg, "JPEG")
+
+    class Previewed(FakeTicket):
+        async def events(self):
+            async for each in super().events():
+                yield each
+                if each.step:
+                    yield dataclasses.replace(each, preview=jpeg.getvalue())
+
+    class PreviewEngine(FakeEngine):
+        async def submit(self, params):
+            assert params.previews == 2
+            self.tickets.append(Previewed("r", msgspec.structs.replace(params, seed=1)))
+            return self.tickets[-1]
+
+    events = stream(PreviewEngine(), partial_images=2, output_format=kind)
+    partial = [data for name, data in events if name == "image_generation.partial_image"]
+    assert [(data["partial_image_index"], data["step"], data["size"]) for data in partial] == [
+        (0, 1, "32x16"),
+        (1, 2, "32x16"),
+    ]
+    assert set(ImageGenPartialImageEvent.model_fields) <= set(partial[0])
+    for data in partial:
+        assert data["output_format"] == kind
+        with Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))) as picture:
+            assert (picture.format, picture.size) == (kind.upper(), (32, 16))
+    assert len([name for name, _ in events if name == "image_generation.progress"]) == 4  # a preview is no progress
 
 
 def test_n_pictures_of_a_stream_are_told_apart_and_each_completes_once():

@@ -18,9 +18,9 @@ from starlette.middleware import Middleware
 from ditrelay._version import __version__
 from ditrelay.errors import ConfigError, DitrelayError
 from ditrelay.runtime import logs
-from ditrelay.server import images, metrics, problem, service, videos
+from ditrelay.server import activity, edits, images, job_events, metrics, playground, problem, service, videos
 from ditrelay.server.context import Context
-from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit
+from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit, CallersTrace
 
 if TYPE_CHECKING:
     from ditrelay.engine import AsyncEngine
@@ -56,9 +56,13 @@ def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException]
     app.state.context = context
     problem.install(app)
     app.include_router(images.router)
+    app.include_router(edits.router)
     app.include_router(videos.router)
+    app.include_router(job_events.router)
+    app.include_router(activity.router)
     app.include_router(service.router)
     app.include_router(metrics.router)
+    playground.install(app)
     return app
 
 
@@ -68,10 +72,12 @@ def _middleware(context: Context) -> list[Middleware]:
     limit = Middleware(
         BodyLimit,
         max_bytes=args.max_request_bytes,
+        max_upload=max(args.max_request_bytes, min(args.max_upload_bytes, args.max_total_bytes)),
         max_total=args.max_total_bytes,
         retry_after=lambda: context.engine.status().retry_after,
     )
-    return [Middleware(AccessLog), *([Middleware(ApiKey, key=key)] if key else []), limit]
+    traced = [Middleware(CallersTrace)] if args.traces_url() else []
+    return [Middleware(AccessLog), *([Middleware(ApiKey, key=key)] if key else []), limit, *traced]
 
 
 def _lifespan(
@@ -128,7 +134,7 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address, family=family)
+        listener = socket.create_server(address, family=family)
     except UnicodeError as error:
         raise ConfigError("--host", f"{host!r} is not an address or a host name") from error
     except OSError as error:
@@ -136,6 +142,10 @@ def listen(host: str, port: int) -> socket.socket:
             raise ConfigError("--port", f"{port} is taken on {host}; choose another, or 0 for a free one") from error
         flag = "--port" if error.errno == errno.EACCES else "--host"
         raise ConfigError(flag, f"cannot listen on {host}:{port}: {error.strerror}") from error
+    # Its connections inherit this, and asyncio sets it only on those of sockets that it made. Without it the body of an
+    # answer may wait 40 ms for the client to acknowledge the headers.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
 
 
 async def _serve(args: ServerArgs, listener: socket.socket) -> int:

@@ -7,13 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
+from ditrelay.server.board import Board
 from ditrelay.server.files import FileStore
+from ditrelay.server.image_jobs import ImageJobs
 from ditrelay.server.jobs import Jobs
 from ditrelay.server.problem import model_not_found, not_ready, role_lost, shutting_down
+from ditrelay.server.remote_media import RemoteMedia
 from ditrelay.server.schemas import EdgeState, RankState, Readiness, RequestCounts, TopologyState
 
 if TYPE_CHECKING:
@@ -28,23 +32,47 @@ class Context:
     Attributes:
         engine: does the work.
         files: pictures to be fetched by address.
-        jobs: videos to be made; ``None`` for models that make pictures, and before the store is open.
+        recent_files: those that were answered in another way, for whoever follows their jobs.
+        board: the jobs: all pictures, and the videos where the model makes them.
+        closed: set at the end, for streams that have no end of their own.
         started: the engine's start is complete. Stays true while a lost worker is replaced: requests wait then.
         draining: the end has begun: no request is taken any more.
         closing: nor is any that runs brought to its end.
         running: requests for pictures that were taken and are not answered yet.
         created: Unix time in seconds at which this application was made.
+        tasks: what goes on though nobody waits for it.
     """
 
     engine: AsyncEngine
     files: FileStore = field(default_factory=FileStore)
-    jobs: Jobs | None = None
+    recent_files: FileStore = field(
+        default_factory=lambda: FileStore(max_files=200, max_bytes=64 << 20, lifetime=600.0)
+    )
+    board: Board = field(default_factory=Board)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
     started: bool = False
     draining: bool = False
     closing: bool = False
     running: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _watching: asyncio.Task[None] | None = None
+
+    @property
+    def jobs(self) -> Jobs | None:
+        """Videos to be made; ``None`` for models that make pictures, and before the store is open."""
+        return self.board.videos
+
+    @property
+    def images(self) -> ImageJobs:
+        return self.board.images
+
+    @cached_property
+    def remote(self) -> RemoteMedia | None:
+        """Fetches pictures from the hosts of ``--allow-remote-media``; ``None`` where there are none."""
+        args = self.engine.args
+        return RemoteMedia(args.media_hosts, max_bytes=args.max_upload_bytes) if args.media_hosts else None
 
     @property
     def model_name(self) -> str:
@@ -57,7 +85,8 @@ class Context:
             ConfigError, StartupError: one of the two is not possible.
         """
         if self.engine.card.media == "video":
-            self.jobs = await Jobs.open(self.engine)
+            self.board.videos = await Jobs.open(self.engine)
+        self._watching = asyncio.create_task(self.board.watch_places())
         await self.engine.start()
         if self.jobs is not None:
             self.jobs.start()
@@ -66,6 +95,9 @@ class Context:
     async def close(self) -> None:
         """Close the engine; its requests that run end now, and jobs go on with the next server."""
         self.draining = self.closing = True
+        self.closed.set()
+        if self._watching is not None:
+            self._watching.cancel()
         if self.jobs is not None:
             await self.jobs.close()
         await self.engine.close()

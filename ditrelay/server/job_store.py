@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import msgspec
 import sqlalchemy as sa
 
 from ditrelay.errors import ConfigError
@@ -68,7 +69,7 @@ _JOBS = sa.Table(
     sa.Column("id", sa.String(64), unique=True, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
     sa.Column("params", sa.JSON, nullable=False),
-    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False),
     sa.Column("created", sa.Float(53), nullable=False),
     sa.Column("started", sa.Float(53)),
     sa.Column("completed", sa.Float(53)),
@@ -77,9 +78,12 @@ _JOBS = sa.Table(
     sa.Column("error", sa.Text),
     sa.Column("file_name", sa.String(128), nullable=False),
     sa.Column("nbytes", sa.BigInteger, nullable=False),
+    sa.Index("ditrelay_jobs_queue", "state", "model", "seq"),
     sqlite_autoincrement=True,  # a number is not given again after a deletion: pages stay in order
 )
+_CLAIM = 0x64697472  # the number of our advisory lock in a database; "ditr"
 _NAMES = tuple(field.name for field in fields(Job))
+_ROWS = sa.select(*(_JOBS.c[name] for name in _NAMES))
 
 
 class JobStore:
@@ -90,24 +94,36 @@ class JobStore:
     Args:
         url: an SQLAlchemy URL.
         clock: Unix time in seconds.
+        claim_seconds: how long another server may take to leave the database.
 
     Raises:
-        ConfigError: the database cannot be opened.
+        ConfigError: the database cannot be opened, or (PostgreSQL) another server uses it.
     """
 
-    def __init__(self, url: str, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str, *, clock: Callable[[], float] = time.time, claim_seconds: float = 10.0) -> None:
         self._clock = clock
+        self._claim: sa.Connection | None = None
         try:
-            self._engine = sa.create_engine(url)
+            # A connection that the database has closed in the meantime is made anew.
+            self._engine = sa.create_engine(
+                _with_driver(url), pool_pre_ping=True, json_deserializer=msgspec.json.decode
+            )
             if self._engine.dialect.name == "sqlite":
                 sa.event.listen(self._engine, "connect", _on_connect)
+            elif self._engine.dialect.name == "postgresql":
+                self._claim = _claimed(self._engine, claim_seconds)
             _JOBS.metadata.create_all(self._engine)
+        except ModuleNotFoundError as error:
+            hint = "; pip install 'ditrelay[postgres]'" if error.name in ("psycopg", "psycopg2") else ""
+            raise ConfigError("--job-store", f"its driver, {error.name}, is not installed{hint}") from error
         except (sa.exc.SQLAlchemyError, ImportError) as error:
             # Without the URL, which may hold a password.
             reason = str(error).splitlines()[0]
             raise ConfigError("--job-store", f"{reason}; allowed: an SQLAlchemy URL that can be opened") from error
 
     def close(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
         self._engine.dispose()
 
     def add(self, job: Job, *, limit: int) -> Job | None:
@@ -147,7 +163,7 @@ class JobStore:
     def page(self, *, limit: int, after: Job | None = None, oldest_first: bool = False) -> list[Job]:
         """Up to ``limit`` jobs by submission, those behind ``after``."""
         seq = _JOBS.c.seq
-        query = sa.select(_JOBS).order_by(seq if oldest_first else seq.desc()).limit(limit)
+        query = _ROWS.order_by(seq if oldest_first else seq.desc()).limit(limit)
         if after is not None:
             query = query.where(seq > after.seq if oldest_first else seq < after.seq)
         return self._all(query)
@@ -155,11 +171,24 @@ class JobStore:
     def queued(self, model: str, limit: int) -> list[Job]:
         """The jobs of one model to be done next, in the order of submission."""
         mine = sa.and_(_JOBS.c.state == JobState.QUEUED, _JOBS.c.model == model)
-        return self._all(sa.select(_JOBS).where(mine).order_by(_JOBS.c.seq).limit(limit))
+        return self._all(_ROWS.where(mine).order_by(_JOBS.c.seq).limit(limit))
+
+    def queue(self, model: str) -> list[str]:
+        """The ids of all queued jobs of one model, the next one first."""
+        mine = sa.and_(_JOBS.c.state == JobState.QUEUED, _JOBS.c.model == model)
+        with self._engine.connect() as connection:
+            return list(connection.execute(sa.select(_JOBS.c.id).where(mine).order_by(_JOBS.c.seq)).scalars())
+
+    def place(self, job: Job) -> int:
+        """How many queued jobs of its model there are up to this one, itself included."""
+        c = _JOBS.c
+        mine = sa.and_(c.state == JobState.QUEUED, c.model == job.model, c.seq <= job.seq)
+        with self._engine.connect() as connection:
+            return connection.execute(sa.select(sa.func.count()).where(mine)).scalar_one()
 
     def interrupted(self) -> list[Job]:
         """Jobs in progress: at a start, those that the last server has left."""
-        return self._all(sa.select(_JOBS).where(_JOBS.c.state == JobState.IN_PROGRESS).order_by(_JOBS.c.seq))
+        return self._all(_ROWS.where(_JOBS.c.state == JobState.IN_PROGRESS).order_by(_JOBS.c.seq))
 
     def start(self, job_id: str) -> bool:
         """Whether the job was queued, and is in progress now."""
@@ -175,7 +204,8 @@ class JobStore:
 
     def fail(self, job_id: str, error: str) -> bool:
         """As ``complete``."""
-        return self._move(job_id, _OPEN, state=JobState.FAILED, completed=self._clock(), error=error)
+        text = error.replace("\0", "")  # PostgreSQL keeps no text with it
+        return self._move(job_id, _OPEN, state=JobState.FAILED, completed=self._clock(), error=text)
 
     def cancel(self, job_id: str) -> bool:
         """As ``complete``."""
@@ -213,13 +243,37 @@ class JobStore:
 
 
 def _one(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Job | None:
-    row = connection.execute(sa.select(_JOBS).where(where)).first()
+    row = connection.execute(_ROWS.where(where)).first()
     return None if row is None else _job(row)
 
 
 def _job(row: sa.Row[Any]) -> Job:
-    values = {name: getattr(row, name) for name in _NAMES}
-    return Job(**values | {"state": JobState(row.state)})
+    values: dict[str, Any] = dict(zip(_NAMES, row, strict=True))
+    values["state"] = JobState(values["state"])
+    return Job(**values)
+
+
+def _with_driver(url: str) -> str:
+    """PostgreSQL's own spelling, for the driver that ditrelay installs."""
+    scheme, separator, rest = url.partition("://")
+    return f"postgresql+psycopg{separator}{rest}" if scheme in ("postgres", "postgresql") else url
+
+
+def _claimed(engine: sa.Engine, seconds: float) -> sa.Connection:
+    """A connection that holds the database for one server: a second one would take its jobs in progress for lost.
+
+    PostgreSQL takes the lock back when the connection ends, also by ``kill -9``. An SQLite file is held by whoever has
+    locked its folder.
+    """
+    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    until = time.monotonic() + seconds
+    while not connection.execute(sa.select(sa.func.pg_try_advisory_lock(_CLAIM))).scalar_one():
+        if time.monotonic() >= until:
+            connection.close()
+            engine.dispose()
+            raise ConfigError("--job-store", "the database is in use by another server; give each its own")
+        time.sleep(0.1)
+    return connection
 
 
 def _on_connect(connection: Any, record: object) -> None:

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,10 +21,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ditrelay.errors import ConfigError, DitrelayError, EngineClosed, QueueFull
 from ditrelay.runtime.request import RequestState, SamplingParams
-from ditrelay.server.job_store import Job, JobStore
+from ditrelay.runtime.telemetry import Carrier, called_by, caller
+from ditrelay.server.events import EventLog, EventLogs
+from ditrelay.server.image_jobs import completed, event_of
+from ditrelay.server.job_schemas import Cancelled, Completed, Failed, Queued
+from ditrelay.server.job_store import Job, JobState, JobStore
+from ditrelay.server.live import JobNames, Live
+from ditrelay.server.problem import SERVER
+from ditrelay.server.schemas import Error
 
 if TYPE_CHECKING:
-    from ditrelay.engine import AsyncEngine, AsyncTicket, Progress, Result
+    from ditrelay.engine import AsyncEngine, Result
 
 T = TypeVar("T")
 
@@ -34,56 +41,6 @@ _SUFFIX = ".mp4"
 _PART = ".part"  # an output that is still written
 _SWEEP_SECONDS = 60.0
 _RETRY_SECONDS = 5.0
-_ENCODED, _DENOISED = 5, 90  # percent done after these stages
-
-
-@dataclass
-class Live:
-    """A job on the engine.
-
-    Attributes:
-        stage: what is done for it now.
-        step, total_steps: of the denoise.
-        first_step: when the denoise had done its first step, monotonic seconds; later steps measure its pace.
-    """
-
-    ticket: AsyncTicket | None = None
-    stage: RequestState = RequestState.QUEUED
-    step: int = 0
-    total_steps: int = 0
-    first_step: float | None = None
-    last_step: float = 0.0
-
-    def observe(self, progress: Progress) -> None:
-        self.stage = progress.state
-        if progress.state is not RequestState.DENOISING:
-            self.step, self.first_step = 0, None  # done, or to be done again
-        elif progress.step:
-            self.step, self.total_steps, self.last_step = progress.step, progress.total_steps, progress.at
-            self.first_step = self.last_step if self.first_step is None else self.first_step
-
-    @property
-    def percent(self) -> int:
-        if self.stage in (RequestState.QUEUED, RequestState.ENCODING):
-            return 0
-        if self.stage is RequestState.DENOISING and self.total_steps:
-            return _ENCODED + (_DENOISED - _ENCODED) * self.step // self.total_steps
-        return _DENOISED if self.stage in _AFTER_DENOISE else _ENCODED
-
-    def seconds_left(self) -> float | None:
-        """Of the denoise, by the pace of its steps; ``None`` before that is known."""
-        if self.first_step is None or self.step < 2:
-            return None
-        return (self.last_step - self.first_step) / (self.step - 1) * (self.total_steps - self.step)
-
-
-_AFTER_DENOISE = (
-    RequestState.DENOISED,
-    RequestState.TO_DECODER,
-    RequestState.AT_DECODER,
-    RequestState.DECODING,
-    RequestState.DONE,
-)
 
 
 @dataclass
@@ -92,12 +49,17 @@ class Jobs:
 
     Attributes:
         live: jobs on the engine, by id.
+        names: which job an engine's request is for.
+        logs: what happens to jobs, for those who follow them.
     """
 
     engine: AsyncEngine
     store: JobStore
     folder: Path
     live: dict[str, Live] = field(default_factory=dict)
+    names: JobNames = field(default_factory=JobNames)
+    logs: EventLogs = field(default_factory=EventLogs)
+    _callers: dict[str, Carrier] = field(default_factory=dict)  # of queued jobs; a restart forgets them
     _lock: int = -1
     _closed: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -149,24 +111,59 @@ class Jobs:
             fingerprint=fingerprint,
         )
         kept = await self.call(self.store.add, job, limit=self.engine.args.max_jobs)
+        if kept is not None and kept.id == job.id and (trace := caller()):
+            self._callers[job.id] = trace
         self._news.set()
         return kept
 
     async def cancel(self, job_id: str) -> bool:
         """Whether this call ended the job."""
         ended = await self.call(self.store.cancel, job_id)
+        if ended:
+            self.logs.open(job_id).add(Cancelled())
         self._stop(job_id)
         return ended
 
     async def delete(self, job: Job) -> None:
         """Remove the job and its file; one that runs is cancelled."""
         await self.call(self._remove, job.id)
+        self.logs.open(job.id).add(Cancelled())
         self._stop(job.id)
 
     def path(self, job: Job) -> Path:
         return self.folder / job.file_name
 
+    async def queue(self) -> list[str]:
+        """The ids of the jobs that wait, the next one first: those on the engine, then those in the store."""
+        stored = await self.call(self.store.queue, self.engine.args.model_name)
+        # Read after the store: what has moved to the engine in between is not missing, but there twice.
+        return self._next() + [job_id for job_id in stored if job_id not in self.live]
+
+    async def place(self, job: Job) -> int | None:
+        """Where the job is in ``queue``, 1 is next; ``None``: it does not wait. Does not read the whole queue."""
+        waits = job.state is JobState.QUEUED and job.model == self.engine.args.model_name
+        stored = await self.call(self.store.place, job) if waits else None
+        first = self._next()
+        if job.id in self.live or stored is None:
+            return first.index(job.id) + 1 if job.id in first else None
+        return len(first) + stored
+
+    def _next(self) -> list[str]:
+        return [job_id for job_id, live in self.live.items() if live.stage is RequestState.QUEUED]
+
+    def log_of(self, job: Job) -> EventLog:
+        """What happened to a job, as far as this server knows; of one that has ended at least the end."""
+        log = self.logs.open(job.id)
+        if job.state is JobState.COMPLETED:
+            log.add(_completed(job))
+        elif job.state is JobState.FAILED:
+            log.add(Failed(error=failure(job)))
+        elif job.state is JobState.CANCELLED:
+            log.add(Cancelled())
+        return log
+
     def _stop(self, job_id: str) -> None:
+        self._callers.pop(job_id, None)
         live = self.live.get(job_id)
         if live is not None and live.ticket is not None:
             live.ticket.cancel()
@@ -249,26 +246,34 @@ class Jobs:
     async def _fail(self, job: Job, reason: str) -> None:
         """It has no effect where the job was cancelled."""
         if not self._closed:  # what the end of the server cut short is not over
-            await self._insist(lambda: self.call(self.store.fail, job.id, reason))
+            if await self._insist(lambda: self.call(self.store.fail, job.id, reason)):
+                self.logs.open(job.id).add(Failed(error=failure(replace(job, error=reason))))
 
     async def _finish(self, job: Job, result: Result) -> None:
         path = self.folder / (job.id + _SUFFIX)
         await self.call(_write, self.folder / (job.id + _PART), path, result.media)
-        if not await self._insist(lambda: self.call(self.store.complete, job.id, path.name, len(result.media))):
+        if await self._insist(lambda: self.call(self.store.complete, job.id, path.name, len(result.media))):
+            self.logs.open(job.id).add(completed(content_path(job), result))
+        else:
             await self.call(path.unlink, missing_ok=True)  # cancelled or deleted in the meantime
 
     async def _draw(self, job: Job, live: Live) -> Result:
-        params = msgspec.convert(job.params, SamplingParams)
+        params, trace = msgspec.convert(job.params, SamplingParams), self._callers.pop(job.id, None)
         while live.ticket is None:
             try:
-                live.ticket = await self.engine.submit(params)
+                with called_by(trace):
+                    live.ticket = await self.engine.submit(params)
             except QueueFull:
                 await asyncio.sleep(_RETRY_SECONDS)
+        self.names.note(live.ticket.request_id, job.id)
         now = await self._insist(lambda: self.call(self.store.get, job.id))
         if now is None or now.state.ended:  # cancelled before there was a ticket to cancel
             live.ticket.cancel()
         async for progress in live.ticket.events():
             live.observe(progress)
+            # Its place in the queue is told by the board, which knows it.
+            if (event := event_of(progress, live, None)) and not isinstance(event, Queued):
+                self.logs.open(job.id).add(event)
         return await live.ticket.result()
 
     # ------------------------------------------------------------ retention
@@ -283,6 +288,28 @@ class Jobs:
         due = await self.call(self.store.expired, lifetime=args.job_retention, max_bytes=args.max_output_bytes)
         for job_id in due:
             await self.call(self._remove, job_id)
+
+
+def content_path(job: Job) -> str:
+    """Where the file is to be had."""
+    return f"/v1/videos/{job.id}/content"
+
+
+def failure(job: Job) -> Error:
+    """Why a job failed."""
+    return Error(message=job.error or "no reason given", type=SERVER, param=None, code="request_failed")
+
+
+def _completed(job: Job) -> Completed:
+    params = msgspec.convert(job.params, SamplingParams)
+    return Completed(
+        url=content_path(job),
+        media_type="video/mp4",
+        width=params.width or 0,
+        height=params.height or 0,
+        seed=params.seed or 0,
+        timings=None,
+    )
 
 
 def fingerprint(params: SamplingParams) -> str:

@@ -10,19 +10,25 @@ import time
 from collections.abc import Callable, Mapping
 from urllib.parse import quote
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ditrelay.runtime.telemetry import CARRIER_HEADERS, called_by
+from ditrelay.server import playground
 from ditrelay.server.problem import unauthorized
 
 logger = logging.getLogger(__name__)
 
 # Asked for every second or so by what watches the server.
-_POLLED = frozenset({"/health", "/ready", "/metrics"})
+_POLLED = frozenset({"/health", "/ready", "/metrics", "/v1/jobs", "/v1/topology"})
 
 # Open to all: what watches the server has no key, and the address of a file is a secret of its own.
 _OPEN_PATH = "/health"
 _OPEN_FILE = re.compile("/v1/images/[^/]+/content")
+
+# Whose bodies may hold a picture.
+_UPLOADS = frozenset({"/v1/images/edits", "/v1/videos"})
 
 # Read and thrown away, at most, of a body that is too large.
 _DRAINED_BYTES = 64 << 20
@@ -48,10 +54,14 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            level = logging.DEBUG if scope["path"] in _POLLED else logging.INFO
+            level = logging.DEBUG if _is_noise(scope["path"]) else logging.INFO
             seconds = time.monotonic() - began
             # Quoted: a path may hold a newline, and a log line must stay one line.
             logger.log(level, "%s %s -> %d in %.2f s", scope["method"], quote(scope["path"]), status, seconds)
+
+
+def _is_noise(path: str) -> bool:
+    return path in _POLLED or path.startswith(f"{playground.PREFIX}/")
 
 
 class ApiKey:
@@ -62,7 +72,7 @@ class ApiKey:
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(scope["path"]) or self._knows_key(scope):
+        if scope["type"] != "http" or _is_open(scope) or self._knows_key(scope):
             await self._app(scope, receive, send)
         else:
             await unauthorized().response()(scope, receive, send)
@@ -73,8 +83,21 @@ class ApiKey:
         return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
 
 
-def _is_open(path: str) -> bool:
-    return path == _OPEN_PATH or _OPEN_FILE.fullmatch(path) is not None
+def _is_open(scope: Scope) -> bool:
+    path: str = scope["path"]
+    return path == _OPEN_PATH or _OPEN_FILE.fullmatch(path) is not None or playground.is_open(scope)
+
+
+class CallersTrace:
+    """What is submitted for a request belongs to the trace that its caller names (W3C Trace Context)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        with called_by({name: headers[name] for name in CARRIER_HEADERS if name in headers} or None):
+            await self._app(scope, receive, send)
 
 
 class BodyLimit:
@@ -82,6 +105,7 @@ class BodyLimit:
 
     Args:
         max_bytes: the largest body allowed.
+        max_upload: the same at the addresses that take pictures.
         max_total: bytes of the bodies of all requests that are not answered yet.
         timeout: seconds that the body may stand still.
         retry_after: seconds after which a client that is turned away should come back.
@@ -92,12 +116,14 @@ class BodyLimit:
         app: ASGIApp,
         *,
         max_bytes: int = 1 << 20,
+        max_upload: int | None = None,
         max_total: int = 256 << 20,
         timeout: float = 30.0,
         retry_after: Callable[[], int] = lambda: 1,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._max_upload = max_bytes if max_upload is None else max_upload
         self._max_total = max_total
         self._timeout = timeout
         self._retry_after = retry_after
@@ -106,7 +132,7 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        received, complete = 0, False
+        received, complete, is_upload = 0, False, scope.get("path") in _UPLOADS
 
         async def receive_limited() -> Message:
             nonlocal received, complete
@@ -117,7 +143,7 @@ class BodyLimit:
             received += size
             self._held += size
             complete = not message.get("more_body", False)
-            if (refusal := self._refusal(received)) is not None:
+            if (refusal := self._refusal(received, is_upload)) is not None:
                 if not complete:
                     await self._drain(receive)
                 raise refusal
@@ -128,9 +154,11 @@ class BodyLimit:
         finally:
             self._held -= received
 
-    def _refusal(self, received: int) -> HTTPException | None:
-        if received > self._max_bytes:
-            return _refused(413, f"the body is larger than {self._max_bytes} bytes (--max-request-bytes)")
+    def _refusal(self, received: int, is_upload: bool) -> HTTPException | None:
+        limit = self._max_upload if is_upload else self._max_bytes
+        if received > limit:
+            flag = "--max-upload-bytes" if is_upload else "--max-request-bytes"
+            return _refused(413, f"the body is larger than {limit} bytes ({flag})")
         if self._held > self._max_total:
             seconds = str(self._retry_after())
             reason = f"requests with {self._max_total} bytes are under way (--max-total-bytes)"

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from ditrelay.errors import DitrelayError, EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
 from ditrelay.server.schemas import Error, ErrorResponse, ImageGenerationRequest
+
+logger = logging.getLogger(__name__)
 
 INVALID = "invalid_request_error"
 SERVER = "server_error"
@@ -113,6 +117,7 @@ def _describers() -> dict[type[Exception], Callable[[Request, Any], ApiError]]:
         RequestFailed: _request_failed,
         RequestCancelled: _closing,
         EngineClosed: _closing,
+        OperationalError: _store_down,
         RequestValidationError: _schema_refused,
         HTTPException: _http_error,
         Exception: _unexpected,
@@ -136,6 +141,12 @@ def _request_failed(request: Request, error: RequestFailed) -> ApiError:
 
 def _closing(request: Request, error: EngineClosed | RequestCancelled) -> ApiError:
     return shutting_down()
+
+
+def _store_down(request: Request, error: OperationalError) -> ApiError:
+    logger.error("--job-store: %s", str(error.orig).splitlines()[0])  # without the statement, which holds prompts
+    message = "the server's database of jobs does not answer; try again in a few seconds"
+    return ApiError(503, message, type=SERVER, code="job_store_down", headers={"Retry-After": "5"})
 
 
 def _unexpected(request: Request, error: Exception) -> ApiError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.metrics import Timings
 from ditrelay.runtime.request import PictureFormat, SamplingParams
+from ditrelay.server.model_limits import ModelLimits
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
@@ -44,15 +45,19 @@ Seed = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 Count = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})]
 Strength = Annotated[float, WithJsonSchema({"type": "number", "minimum": 0})]
 
+EventFamily = Literal["image_generation", "image_edit"]
+"""What the names of a stream's events begin with."""
+
 
 class ImageGenerationRequest(BaseModel):
     """OpenAI's image generation request, and what it lacks: seed, steps, guidance, negative prompt, height, width.
 
-    ``quality``, ``style``, ``background`` and ``partial_images`` are taken only at values that ask for nothing which
-    this server does not do. A field set to ``null`` counts as absent.
+    ``quality``, ``style`` and ``background`` are taken only at values that ask for nothing which this server does not
+    do. A field set to ``null`` counts as absent.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
+    events: ClassVar[EventFamily] = "image_generation"
 
     prompt: Prompt = Field(description="What to draw.")
     model: str | None = Field(None, description="The served model's name; may be left out.")
@@ -72,7 +77,9 @@ class ImageGenerationRequest(BaseModel):
     stream: bool | None = Field(
         False, description="Answer with server-sent events: progress, and each picture as b64_json when it is finished."
     )
-    partial_images: int | None = Field(None, ge=0, le=3, description="Only 0: this server makes no previews.")
+    partial_images: int | None = Field(
+        0, ge=0, le=3, description="Small previews of each picture while it is drawn, at most this many."
+    )
 
     seed: Seed | None = Field(None, description="Picture i uses seed + i. Drawn, and returned, where it is absent.")
     num_inference_steps: Count | None = Field(None, description="Denoising steps; default: the model's.")
@@ -87,11 +94,8 @@ class ImageGenerationRequest(BaseModel):
         """What a stream cannot give is refused before anything is drawn.
 
         Raises:
-            InvalidRequest: previews are asked for, or addresses in a stream.
+            InvalidRequest: addresses are asked for in a stream.
         """
-        if self.partial_images:
-            reason = "previews are not made by this server; allowed: 0 (with stream, every step is told as an event)"
-            raise InvalidRequest("partial_images", f"{self.partial_images}: {reason}")
         if self.stream and self.response_format == "url" and "response_format" in self.model_fields_set:
             raise InvalidRequest(
                 "response_format", "a stream holds the files themselves; allowed with stream: b64_json"
@@ -115,12 +119,15 @@ class ImageGenerationRequest(BaseModel):
                 seed=None if self.seed is None else self.seed + index,
                 output_format=self.output_format,
                 output_compression=self.output_compression,
+                previews=self.partial_images or 0,
             )
 
     def as_written(self, error: InvalidRequest) -> InvalidRequest:
         """``error`` with its parameter named as this client wrote it (``size`` where that gave the height)."""
         if error.param in ("height", "width") and getattr(self, error.param) is None and self.size:
             return InvalidRequest("size", f"{error.param} {error.reason}")
+        if error.param == "previews":
+            return InvalidRequest("partial_images", error.reason)
         return error
 
     def _height_and_width(self) -> tuple[int | None, int | None]:
@@ -156,11 +163,36 @@ class ImagesResponse(BaseModel):
 class ImageProgress(BaseModel):
     """An event of a streamed request (not OpenAI's): one of its pictures came further."""
 
-    type: Literal["image_generation.progress"] = "image_generation.progress"
+    type: Literal["image_generation.progress", "image_edit.progress"] = "image_generation.progress"
     index: int = Field(description="Which of the n pictures, from 0.")
+    job_id: str = Field(description="For /v1/jobs: more about it, and its cancel.")
     state: str = Field(description="queued, encoding, denoising, decoding, or a place between two of them.")
     step: int = Field(description="Denoising steps that are done.")
     total_steps: int = Field(description="0 before the denoise begins.")
+
+
+class ImageCancelled(BaseModel):
+    """The last event of a picture of a streamed request (not OpenAI's) that was cancelled by its job's address."""
+
+    type: Literal["image_generation.cancelled", "image_edit.cancelled"] = "image_generation.cancelled"
+    index: int = Field(description="Which of the n pictures, from 0.")
+    job_id: str
+
+
+class ImagePartial(BaseModel):
+    """OpenAI's event for a preview, with ditrelay's index, job and step."""
+
+    type: Literal["image_generation.partial_image", "image_edit.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    created_at: int = Field(description="Unix time in seconds.")
+    size: str = Field(description="WIDTHxHEIGHT of the preview in pixels; smaller than the picture.")
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: str = Field(description="png, jpeg or webp.")
+    partial_image_index: int = Field(description="Which preview of its picture, from 0.")
+    index: int = Field(description="Which of the n pictures, from 0.")
+    job_id: str
+    step: int = Field(description="The denoising step that it shows.")
 
 
 class TextAndImageTokens(BaseModel):
@@ -182,7 +214,7 @@ class NoUsage(BaseModel):
 class ImageCompleted(BaseModel):
     """OpenAI's last event for a picture of a streamed request, with ditrelay's index, seed and timings."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: Literal["image_generation.completed", "image_edit.completed"] = "image_generation.completed"
     b64_json: str
     created_at: int = Field(description="Unix time in seconds.")
     size: str = Field(description="WIDTHxHEIGHT in pixels.")
@@ -191,6 +223,7 @@ class ImageCompleted(BaseModel):
     output_format: str = Field(description="png, jpeg or webp.")
     usage: NoUsage = NoUsage()
     index: int = Field(description="Which of the n pictures, from 0.")
+    job_id: str
     seed: int = Field(description="The seed that draws this picture again.")
     timings: Timings = Field(description="Seconds in each stage and transfer.")
 
@@ -202,6 +235,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="Unix time in seconds at which this server began to serve it.")
     owned_by: str = "ditrelay"
+    limits: ModelLimits = Field(description="What a request may ask for; not OpenAI's.")
 
 
 class ModelList(BaseModel):

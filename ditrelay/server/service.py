@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from ditrelay._version import __version__
+from ditrelay.server import playground
 from ditrelay.server.context import Context, ContextDep
+from ditrelay.server.model_limits import limits_of
 from ditrelay.server.problem import RESPONSES
 from ditrelay.server.schemas import Health, Model, ModelList, Readiness, TopologyState
 
 router = APIRouter(tags=["service"], responses=RESPONSES)
 
 
-@router.get("/", include_in_schema=False)
-async def index(context: ContextDep) -> dict[str, str | list[str]]:
-    """Where to go from here."""
+@router.get("/", include_in_schema=False, response_model=None)
+async def index(request: Request, context: ContextDep) -> Response | dict[str, str | list[str]]:
+    """The playground for browsers; for programs, where to go from here."""
+    if playground.is_browser(request.headers):
+        return playground.page()
     return {
         "name": "ditrelay",
         "version": __version__,
@@ -66,4 +70,4 @@ async def get_model(model_id: str, context: ContextDep) -> Model:
 
 
 def _model(context: Context) -> Model:
-    return Model(id=context.model_name, created=context.created)
+    return Model(id=context.model_name, created=context.created, limits=limits_of(context.engine.card))

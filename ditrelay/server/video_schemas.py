@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -13,11 +10,13 @@ from ditrelay.errors import InvalidRequest
 from ditrelay.models.card import ModelCard
 from ditrelay.runtime.request import SamplingParams
 from ditrelay.server.schemas import Count, Prompt, Seed, Size, Strength, Text
+from ditrelay.server.uploads import PictureReference
 
-_DATA_URL = re.compile(r"data:image/[a-z+.-]{1,20};base64,(.*)", re.DOTALL)
 _MAX_SECONDS = 3600.0
+_PREVIEWS = 4
 
 Seconds = Annotated[float, Field(gt=0, le=_MAX_SECONDS, allow_inf_nan=False, strict=False)]
+Previews = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 0})]
 Frames = Annotated[int, WithJsonSchema({"type": "integer", "minimum": 1})]
 
 
@@ -35,7 +34,7 @@ class VideoRequest(BaseModel):
         None, description="Length, as a number or as text; the nearest that the model can make."
     )
     size: Size | None = Field("auto", description="WIDTHxHEIGHT in pixels, or auto: the model's default.")
-    input_reference: str | None = Field(
+    input_reference: str | PictureReference | None = Field(
         None, description="The picture to start from, for models that take one: a data URL, or a file of a form."
     )
     user: str | None = Field(None, description="Ignored.")
@@ -47,16 +46,19 @@ class VideoRequest(BaseModel):
         None, allow_inf_nan=False, description="Strength of guidance, in the units of the model's own pipeline."
     )
     negative_prompt: Text | None = Field(None, description="What to keep away from; needs guidance.")
+    previews: Previews | None = Field(
+        None, description="Small pictures of the work in progress in the job's events, at most; default: 4, if it can."
+    )
 
-    def sampling_params(self, card: ModelCard, upload: bytes | None) -> SamplingParams:
+    def sampling_params(self, card: ModelCard, picture: bytes | None) -> SamplingParams:
         """The parameters asked for, not yet resolved.
 
         Args:
             card: the served model's.
-            upload: the picture of a form.
+            picture: to start from.
 
         Raises:
-            InvalidRequest: fields contradict each other, or the picture is not given as it must be.
+            InvalidRequest: fields contradict each other.
         """
         width, height = map(int, self.size.split("x")) if self.size and self.size != "auto" else (None, None)
         return SamplingParams(
@@ -68,7 +70,8 @@ class VideoRequest(BaseModel):
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             seed=self.seed,
-            image=self._picture() if upload is None else upload,
+            image=picture,
+            previews=(_PREVIEWS if card.previews else 0) if self.previews is None else self.previews,
         )
 
     def _frames(self, card: ModelCard) -> int | None:
@@ -81,20 +84,6 @@ class VideoRequest(BaseModel):
             longest = card.max_num_frames / card.fps
             raise InvalidRequest("seconds", f"{self.seconds:g} is too long; allowed: at most {longest:.2f}")
         return max(frames, 1)
-
-    def _picture(self) -> bytes | None:
-        if self.input_reference is None:
-            return None
-        match = _DATA_URL.fullmatch(self.input_reference)
-        try:
-            if match is not None:
-                return base64.b64decode(match[1], validate=True)
-        except binascii.Error:
-            pass
-        raise InvalidRequest(
-            "input_reference",
-            "this is no data URL; allowed: data:image/png;base64,... or a file of a multipart form (no other address)",
-        )
 
 
 class VideoError(BaseModel):

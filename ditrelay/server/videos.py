@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
-from PIL import Image, UnidentifiedImageError
-from pydantic import ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.request import SamplingParams
+from ditrelay.server.bodies import Body, page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.job_store import Job, JobState
-from ditrelay.server.jobs import Jobs, Live, fingerprint
+from ditrelay.server.jobs import Jobs, fingerprint
+from ditrelay.server.live import Live
 from ditrelay.server.problem import RESPONSES, ApiError, not_ready, shorten
+from ditrelay.server.uploads import picture_of
 from ditrelay.server.video_schemas import DeletedVideo, Video, VideoError, VideoList, VideoRequest
 
 router = APIRouter(prefix="/v1", tags=["videos"], responses=RESPONSES)
 
-_FORM = "multipart/form-data"
-_MAX_PIXELS = 100_000_000
 _QUERY = ("after", "limit", "order")
-_SCHEMA = VideoRequest.model_json_schema()
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": _SCHEMA},
-            _FORM: {
-                "schema": _SCHEMA
-                | {"properties": _SCHEMA["properties"] | {"input_reference": {"type": "string", "format": "binary"}}}
-            },
-        },
-    }
-}
 
 
 def _jobs(context: ContextDep) -> Jobs:
@@ -57,7 +39,7 @@ def _jobs(context: ContextDep) -> Jobs:
 JobsDep = Annotated[Jobs, Depends(_jobs)]
 
 
-@router.post("/videos", openapi_extra=_BODY)
+@router.post("/videos", openapi_extra=page_entry(VideoRequest, "input_reference", required=False))
 async def create_video(
     request: Request,
     context: ContextDep,
@@ -65,9 +47,10 @@ async def create_video(
     idempotency_key: Annotated[str | None, Header(min_length=1, max_length=255)] = None,
 ) -> Video:
     """Queue a video; its status tells when it is done. The same ``Idempotency-Key`` again returns the same video."""
-    body, upload = await _read(request)
+    sent = await read_body(request, files=("input_reference",))
+    body = sent.checked(VideoRequest)
     context.check_model(body.model)
-    params = _as_asked(body, context, upload)
+    params = body.sampling_params(context.engine.card, await _picture(sent, body, context))
     mark = fingerprint(params)
     if idempotency_key is not None and (older := await jobs.call(jobs.store.find, idempotency_key)):
         return _repeated(older, mark, jobs)
@@ -156,62 +139,17 @@ async def delete_video(video_id: str, jobs: JobsDep) -> DeletedVideo:
 # ---------------------------------------------------------------- reading a request
 
 
-async def _read(request: Request) -> tuple[VideoRequest, bytes | None]:
-    """The body, and the picture of a form. Raises ``ApiError`` (400)."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == _FORM:
-        return await _read_form(request)
-    if kind != "application/json":
-        raise ApiError(400, f"Content-Type: must be application/json or {_FORM}", code="invalid_content_type")
-    try:
-        document = json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
-    if not isinstance(document, dict):
-        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return _checked(document), None
-
-
-async def _read_form(request: Request) -> tuple[VideoRequest, bytes | None]:
-    try:
-        form = await request.form(max_files=1, max_fields=50)
-    except HTTPException as error:
-        if error.status_code != 400:  # the limits on bodies speak for themselves
-            raise
-        raise ApiError(400, f"the form cannot be read: {error.detail}", code="invalid_form") from None
-    fields: dict[str, Any] = {}
-    upload = None
-    for name, value in form.multi_items():
-        if name in fields:
-            raise _wrong(name, "it is given twice")
-        fields[name] = value
-    if isinstance(file := fields.get("input_reference"), UploadFile):
-        upload = await file.read()
-        del fields["input_reference"]
-    return _checked(fields, strict=False), upload
-
-
-def _checked(document: dict[str, Any], *, strict: bool | None = None) -> VideoRequest:
-    try:
-        return VideoRequest.model_validate(document, strict=strict)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = shorten(str(first["loc"][0]))
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(VideoRequest.model_fields)
-        raise ApiError(400, f"{param}: unknown field; known: {known}", param=param, code="unknown_parameter")
-    if first["type"] == "missing":
-        raise ApiError(400, f"{param}: required", param=param, code="missing_required_parameter")
-    raise _wrong(param, first["msg"])
-
-
-def _as_asked(body: VideoRequest, context: Context, upload: bytes | None) -> SamplingParams:
-    params = body.sampling_params(context.engine.card, upload)
-    if params.image is not None:
-        if not context.engine.card.needs_image:
-            raise InvalidRequest("input_reference", "this model takes no picture; leave it out")
-        _check_picture(params.image)
-    return params
+async def _picture(sent: Body, body: VideoRequest, context: Context) -> bytes | None:
+    """The picture to start from, if there is one. Raises ``InvalidRequest``, ``ApiError`` (400)."""
+    files = sent.files.get("input_reference", [])
+    source = files[0] if files else body.input_reference
+    if source is None:
+        return None
+    if not context.engine.card.needs_image:
+        raise InvalidRequest("input_reference", "this model takes no picture; leave it out")
+    if len(files) > 1:
+        raise InvalidRequest("input_reference", f"{len(files)} pictures; allowed: one to start from")
+    return await picture_of(source, param="input_reference", remote=context.remote)
 
 
 def _resolved(body: VideoRequest, params: SamplingParams, context: Context) -> SamplingParams:
@@ -224,23 +162,6 @@ def _resolved(body: VideoRequest, params: SamplingParams, context: Context) -> S
         if (name := names.get(error.param)) is None:
             raise
         raise InvalidRequest(name, f"{error.param} {error.reason}") from None
-
-
-def _check_picture(content: bytes) -> None:
-    """Reads the header only: nothing is decoded in this process."""
-    try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as picture:
-            pixels, frames = picture.width * picture.height, getattr(picture, "n_frames", 1)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError):
-        raise InvalidRequest("input_reference", "it cannot be read; allowed: a PNG, JPEG or WebP picture") from None
-    if frames != 1:
-        raise InvalidRequest("input_reference", "it is animated; allowed: one picture")
-    if pixels > _MAX_PIXELS:
-        raise InvalidRequest("input_reference", f"{pixels} pixels; allowed: at most {_MAX_PIXELS}")
-
-
-def _wrong(param: str, reason: str) -> ApiError:
-    return ApiError(400, f"{shorten(param)}: {reason}", param=shorten(param), code="invalid_value")
 
 
 def _too_many(context: Context) -> ApiError:
