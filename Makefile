@@ -1,4 +1,4 @@
-# make demo: pictures in demo-output/.   make test: the test suite.   make lint: ruff and mypy.
+# make demo: pictures in demo-output/.   make demo-server: the playground in a browser.   make test: the test suite.   make lint: ruff and mypy.
 # make gpu-test: the tests that need GPUs (each skips with a reason where there are too few). With
 #   DITRELAY_TEST_DEVICE=cpu most of them run over gloo: that checks the tests, not the GPUs' part. With -j2 -Otarget
 #   its two halves run side by side.
@@ -18,12 +18,15 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test gpu-test gpu-test-models gpu-test-engine lint clean
+.PHONY: demo demo-server browser test gpu-test gpu-test-models gpu-test-engine lint clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 
-test: $(DEV_STAMP)
+demo-server: $(STAMP)
+	$(BIN)/python scripts/demo_server.py
+
+test: $(DEV_STAMP) browser
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 # What starts many engines of its own side by side, and everything else.
@@ -37,6 +40,10 @@ gpu-test-models: $(DEV_STAMP)
 
 gpu-test-engine: $(DEV_STAMP)
 	$(GPU_PYTEST) $(filter-out $(MANY_ENGINES),$(wildcard tests/test_cuda_*.py)) $(PYTEST_ARGS)
+
+# The tests of the playground drive Chromium; without one they skip and say so.
+browser:
+	@sh scripts/browser.sh
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,172 @@
+// The order: the prompt and the settings that the model takes.
+
+const $ = (id) => document.getElementById(id);
+const SHAPES = [["Square", 1], ["Landscape 3:2", 3 / 2], ["Portrait 2:3", 2 / 3], ["Wide 16:9", 16 / 9], ["Tall 9:16", 9 / 16]];
+const NUMBERS = ["num_inference_steps", "guidance_scale"];
+
+export class Form {
+  /** @param limits: of the model (`/v1/models`). @param onOrder: called with each order. */
+  constructor(limits, onOrder) {
+    Object.assign(this, { limits, onOrder });
+    this.isVideo = limits.media === "video";
+    this.image = null;
+    this.#showFields();
+    this.#setShapes();
+    this.#setDefaults();
+    $("order").addEventListener("submit", (event) => this.#submit(event));
+    $("order").addEventListener("input", () => this.#summarize());
+    $("prompt").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      $("order").requestSubmit();
+    });
+    $("shape").addEventListener("change", () => ($("custom").hidden = $("shape").value !== "custom"));
+    $("image").addEventListener("change", () => this.startFrom($("image").files[0] ?? null));
+    $("image-clear").addEventListener("click", () => this.startFrom(null));
+    $("settings").open = matchMedia("(min-width: 760px)").matches;
+    this.#summarize();
+  }
+
+  /** A picture (`File`) to start from, or none. */
+  startFrom(file) {
+    this.image = file;
+    $("image-clear").hidden = !file;
+    if (!file) $("image").value = "";
+    else if ($("image").files[0] !== file) {
+      const list = new DataTransfer();
+      list.items.add(file);
+      $("image").files = list.files;
+    }
+    $("strength").closest(".field").hidden = !file || !this.limits.edits;
+  }
+
+  /** Say what the server says of a field. */
+  refuse(problem) {
+    const field = { height: "shape", width: "shape", size: "shape", input_reference: "image", num_frames: "seconds" }[problem.param] ?? problem.param;
+    const input = $(field);
+    $("order-error").textContent = problem.message;
+    if (!input?.closest("#order")) return;
+    if (input.closest("#settings")) $("settings").open = true;
+    input.setAttribute("aria-invalid", "true");
+    input.focus();
+  }
+
+  /** Fill in what drew `work`. */
+  fill(work) {
+    $("prompt").value = work.prompt;
+    $("seed").value = work.seed;
+    this.#summarize();
+    $("prompt").focus();
+  }
+
+  // ------------------------------------------------------------ fields
+
+  #showFields() {
+    const { limits } = this;
+    const shown = {
+      video: this.isVideo, guidance: limits.guidance, negative: limits.negative_prompt,
+      start: limits.needs_image || limits.edits, strength: false,
+    };
+    for (const field of document.querySelectorAll("[data-if]")) field.hidden = !shown[field.dataset.if];
+    if (this.isVideo) {
+      $("count-label").textContent = "Clips";
+      $("draw").textContent = "Make";
+      $("order").setAttribute("aria-label", "New clip");
+    }
+    $("prompt").placeholder = this.isVideo ? "Say what the clip shows" : "Say what to draw";
+  }
+
+  #setShapes() {
+    const seen = new Set();
+    for (const [name, ratio] of SHAPES) {
+      const [width, height] = this.#sized(ratio);
+      if (seen.has(`${width}x${height}`)) continue;
+      seen.add(`${width}x${height}`);
+      $("shape").add(new Option(`${name} (${width} × ${height})`, `${width}x${height}`));
+    }
+    const { size } = this.limits;
+    const usual = `${size.default_width}x${size.default_height}`;
+    if (!seen.has(usual)) $("shape").add(new Option(`Usual (${size.default_width} × ${size.default_height})`, usual), 0);
+    $("shape").add(new Option("Custom", "custom"));
+    $("shape").value = usual;
+  }
+
+  /** A size of that ratio with about as many pixels as the model's default has. */
+  #sized(ratio) {
+    const { multiple, max_side: side, max_pixels: pixels, default_width: width, default_height: height } = this.limits.size;
+    const fit = (length) => Math.min(side - (side % multiple), Math.max(multiple, Math.round(length / multiple) * multiple));
+    const area = Math.min(width * height, pixels);
+    let [across, up] = [fit(Math.sqrt(area * ratio)), fit(Math.sqrt(area / ratio))];
+    while (across * up > pixels && Math.max(across, up) > multiple) {
+      if (across > up) across -= multiple;
+      else up -= multiple;
+    }
+    return [across, up];
+  }
+
+  #setDefaults() {
+    const { limits } = this;
+    const { multiple, max_side: side, default_width: width, default_height: height } = limits.size;
+    for (const [id, value] of [["width", width], ["height", height]]) Object.assign($(id), { value, min: multiple, step: multiple, max: side });
+    Object.assign($("num_inference_steps"), { max: limits.max_steps, placeholder: limits.default_steps });
+    $("guidance_scale").placeholder = limits.default_guidance_scale;
+    $("prompt").maxLength = limits.max_prompt_chars;
+    if (limits.default_strength) $("strength").value = limits.default_strength;
+    if (!limits.clip) return;
+    const { fps, max_num_frames: frames, default_num_frames: usual } = limits.clip;
+    Object.assign($("seconds"), { placeholder: (usual / fps).toFixed(1), max: frames / fps });
+  }
+
+  #size() {
+    const text = $("shape").value === "custom" ? `${$("width").value}x${$("height").value}` : $("shape").value;
+    const [width, height] = text.split("x").map(Number);
+    return { text, width, height };
+  }
+
+  #summarize() {
+    const { width, height } = this.#size();
+    const steps = $("num_inference_steps").value || $("num_inference_steps").placeholder;
+    const count = Number($("count").value) > 1 ? ` · ${$("count").value} at once` : "";
+    $("summary").textContent = `${width} × ${height} · ${steps} steps${$("seed").value ? ` · seed ${$("seed").value}` : ""}${count}`;
+  }
+
+  // ------------------------------------------------------------ the order
+
+  #submit(event) {
+    event.preventDefault();
+    const wrong = this.#wrong();
+    for (const input of $("order").querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
+    $("order-error").textContent = "";
+    if (wrong) return this.refuse(wrong);
+    this.onOrder(this.order($("prompt").value.trim()));
+    if (matchMedia("(pointer: coarse)").matches) $("prompt").blur(); // its keyboard would cover the page
+    else $("prompt").select();
+  }
+
+  /** What the page can tell by itself; the server says the rest. */
+  #wrong() {
+    if (!$("prompt").value.trim()) return { param: "prompt", message: "Say what to draw." };
+    if (this.limits.needs_image && !this.image) return { param: "image", message: "This model starts from a picture: choose one." };
+    for (const input of $("order").querySelectorAll("input[type=number]")) {
+      if (input.closest("[hidden]") || input.validity.valid) continue;
+      const name = input.closest(".field").firstChild.textContent.trim();
+      return { param: input.id, message: `${name}: ${input.validationMessage}` };
+    }
+    return null;
+  }
+
+  /** An order of `prompt` with the settings as they are. */
+  order(prompt) {
+    const { text, width, height } = this.#size();
+    const body = { prompt, size: text };
+    for (const name of NUMBERS) if ($(name).value && !$(name).closest("[hidden]")) body[name] = Number($(name).value);
+    if ($("negative_prompt").value.trim() && this.limits.negative_prompt) body.negative_prompt = $("negative_prompt").value.trim();
+    if (this.isVideo && $("seconds").value) body.seconds = Number($("seconds").value);
+    return {
+      kind: this.isVideo ? "video" : "image", prompt, width, height, body,
+      count: Number($("count").value) || 1,
+      seed: $("seed").value === "" ? null : Number($("seed").value),
+      image: this.image, strength: Number($("strength").value),
+    };
+  }
+}

@@ -1,0 +1,225 @@
+// Puts the page together.
+
+import { Activity, groupsOf, ranksInWords } from "./activity.js";
+import { Problem, follow, getJson, onLocked, pause, send } from "./api.js";
+import { Announcer, Card, element } from "./cards.js";
+import { Form } from "./form.js";
+import { Lanes } from "./lanes.js";
+import { Works } from "./works.js";
+import { installViewer, openViewer } from "./viewer.js";
+
+const $ = (id) => document.getElementById(id);
+const KEPT_CARDS = 300;
+const WATCH_SECONDS = 1;
+const REPLACED_SECONDS = 8; // that a rank is said to be replaced
+const EXAMPLES = {
+  image: ["a red apple", "a fox at night", "a rocket in space", "a small house in the snow"],
+  video: ["a fox runs through the snow", "waves at sunset", "a paper boat on a river"],
+};
+
+const announcer = new Announcer($("said"));
+const activity = new Activity();
+const cards = new Map(); // by number
+const generations = new Map(); // of the ranks
+const replaced = new Map(); // ranks, and when that was seen
+let connected = false;
+let warm = false; // every rank is up, and the server has said that it is ready
+let lookAgain = () => {}; // at the server's health
+let lanes, works, form;
+
+// ------------------------------------------------------------ the gallery
+
+function addCard(work) {
+  const card = new Card(work, {
+    onCancel: (each) => works.cancel(each),
+    onAgain: (each) => form.onOrder({ ...form.order(each.prompt), count: 1, seed: null }),
+    onSeed: (each) => form.fill(each),
+    onStart: startFrom,
+    onOpen: openViewer,
+    onLight: (number) => lanes.light(number),
+  }, { canStart: works.model.limits.edits });
+  cards.set(work.number, card);
+  $("cards").prepend(card.root);
+  for (const old of works.all.filter((each) => each.ended).slice(0, Math.max(0, works.all.length - KEPT_CARDS))) removeCard(old);
+  showTools();
+}
+
+function removeCard(work) {
+  cards.get(work.number)?.root.remove();
+  cards.delete(work.number);
+  works.forget(work);
+}
+
+function changed(work) {
+  cards.get(work.number)?.update();
+  announcer.tell(work);
+  lanes.wake();
+  showTools();
+}
+
+function showTools() {
+  const unfinished = works.unfinished.length;
+  $("cancel-all").hidden = unfinished < 2;
+  $("clear").hidden = works.all.length === unfinished;
+  $("examples").hidden = works.all.length > 0;
+  document.title = unfinished ? `(${unfinished}) ditrelay playground` : "ditrelay playground";
+}
+
+function startFrom({ file }) {
+  form.startFrom(new File([file.blob], file.name, { type: file.type }));
+  $("settings").open = true;
+  $("prompt").focus();
+}
+
+function showExamples(media) {
+  const draw = (prompt) => element("button", { type: "button", textContent: prompt, onclick: () => form.onOrder(form.order(prompt)) });
+  $("examples").replaceChildren("For instance:", ...EXAMPLES[media].map(draw));
+}
+
+function light(number) {
+  for (const [each, card] of cards) card.root.classList.toggle("lit", each === number);
+}
+
+function pick(number) {
+  const card = cards.get(number);
+  card?.root.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  (card?.root.querySelector("button") ?? card?.root)?.focus({ preventScroll: true });
+}
+
+// ------------------------------------------------------------ the pipeline
+
+async function watchActivity() {
+  const news = follow("/v1/activity", { onState: setConnected });
+  for await (const { event, data } of news) {
+    if (event === "topology") begin(data);
+    else if (event === "activity") show(data);
+  }
+}
+
+function setConnected(stands) {
+  if (connected === stands) return;
+  connected = stands;
+  lookAgain();
+}
+
+function begin(topology) {
+  activity.reset();
+  activity.take({ now: topology.now });
+  const groups = groupsOf(topology);
+  $("ranks").textContent = ranksInWords(groups);
+  lanes.show(groups);
+}
+
+function show(news) {
+  activity.take(news);
+  $("nothing").hidden = true;
+  lanes.wake();
+}
+
+function showLoad({ overlap, idle }) {
+  const waiting = works.unfinished.filter((work) => ["waiting", "queued"].includes(work.state)).length;
+  const going = works.unfinished.length - waiting;
+  const state = idle ? "At rest" : [going && `${going} at work`, waiting && `${waiting} waiting`].filter(Boolean).join(", ") || "At work";
+  $("load").textContent = overlap === null ? "" : `${state} · stages overlapped for ${Math.round(overlap * 100)} % of the working time`;
+}
+
+// ------------------------------------------------------------ the server's health
+
+async function watchHealth() {
+  for (;;) {
+    const [state, text, down] = await health();
+    $("health").dataset.state = state;
+    if ($("health").textContent !== text) $("health").replaceChildren(element("span", { textContent: text }));
+    lanes.setDown(down);
+    await Promise.race([pause(WATCH_SECONDS), new Promise((resolve) => (lookAgain = resolve))]);
+  }
+}
+
+async function health() {
+  try {
+    const { ranks } = await getJson("/v1/topology");
+    const lost = lostRanks(ranks);
+    const words = [...lost].map(([rank, state]) => `rank ${rank} is ${state}`).join(", ");
+    const isWhole = ranks.length > 0 && ranks.every((rank) => rank.state === "up");
+    warm &&= isWhole;
+    if (!connected) return ["loading", "connecting", lost];
+    if (!isWhole) return ["loading", words || "starting", lost];
+    warm ||= await isReady();
+    return warm ? ["ready", words ? `ready, ${words}` : "ready", lost] : ["loading", "warming up", lost];
+  } catch (error) {
+    if (!(error instanceof Problem)) throw error;
+    warm = false;
+    return ["lost", "no answer from the server", new Map()];
+  }
+}
+
+/** The ranks that are not up, and for a while those that are up again: it may take them less than a second. */
+function lostRanks(ranks) {
+  const now = performance.now();
+  const lost = new Map();
+  for (const { rank, state, generation } of ranks) {
+    if (generation > (generations.get(rank) ?? generation)) replaced.set(rank, now);
+    generations.set(rank, generation);
+    if (state !== "up") lost.set(rank, state);
+    else if (now - (replaced.get(rank) ?? -Infinity) < REPLACED_SECONDS * 1000) lost.set(rank, "replaced");
+  }
+  return lost;
+}
+
+async function isReady() {
+  try {
+    await send("/ready");
+    return true;
+  } catch (error) {
+    if (error.status === 503) return false;
+    throw error;
+  }
+}
+
+// ------------------------------------------------------------ the key
+
+function askForKey(wrong) {
+  $("key-error").textContent = wrong ? "The server does not take this key." : "";
+  $("key").value = "";
+  $("key-dialog").showModal();
+  return new Promise((resolve) => {
+    $("key-dialog").oncancel = (event) => event.preventDefault();
+    $("key-form").onsubmit = () => resolve($("key").value);
+  });
+}
+
+// ------------------------------------------------------------ begin
+
+async function modelOf() {
+  for (;;) {
+    try {
+      return (await getJson("/v1/models")).data[0];
+    } catch (error) {
+      if (!(error instanceof Problem)) throw error;
+      $("health").textContent = error.message;
+      await pause(2);
+    }
+  }
+}
+
+onLocked(askForKey);
+installViewer();
+const model = await modelOf();
+$("model").textContent = model.id;
+lanes = new Lanes($("lanes"), $("tip"), activity, {
+  promptOf: (number) => cards.get(number)?.work.prompt,
+  onHover: light,
+  onPick: pick,
+  onFrame: showLoad,
+  say: (text) => announcer.say(text),
+});
+works = new Works(model, { onNew: addCard, onChange: changed, onRefused: (problem) => form.refuse(problem) });
+form = new Form(model.limits, (order) => works.draw(order));
+showExamples(model.limits.media);
+showTools();
+$("window").addEventListener("change", () => (lanes.window = Number($("window").value)));
+$("clear").addEventListener("click", () => works.all.filter((work) => work.ended).forEach((work) => (removeCard(work), showTools())));
+$("cancel-all").addEventListener("click", () => works.unfinished.forEach((work) => works.cancel(work)));
+works.restore();
+watchActivity();
+watchHealth();

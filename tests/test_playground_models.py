@@ -1,0 +1,89 @@
+"""The playground on models that take more than a prompt: clips, and pictures that start from a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny_models
+from playground_browser import BEARER, KeyedServer, ask, chromium, setting, until, watched_page
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def clips(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedServer]:
+    folder: Path = tmp_path_factory.mktemp("clips")
+    model = str(tiny_models.build("wan", folder / "model"))
+    flags = ("--model-path", model, "--served-model-name", "tiny-wan", "--output-dir", str(folder / "out"))
+    with KeyedServer(*flags, "--device", "cpu", "--no-warmup") as server:
+        yield server
+
+
+def small(page: Any, steps: str) -> None:
+    page.select_option("#shape", "custom")
+    for name, value in (("width", "32"), ("height", "32"), ("seconds", "0.3"), ("num_inference_steps", steps)):
+        setting(page, name, value)
+
+
+def test_a_clip_is_made_plays_and_is_still_there_in_a_new_tab(browser, clips):
+    with watched_page(browser, clips.url) as page:
+        assert page.inner_text("#draw") == "Make"
+        small(page, steps="3")
+        setting(page, "seed", "5")
+        ask(page, "a fox runs")
+        page.wait_for_selector(".card.done video")
+        until(page, "document.querySelector('.card.done video').videoWidth > 0")
+        assert page.inner_text(".card .numbers").startswith("seed 5")
+        with page.expect_download() as saving:
+            page.click(".card a[download]")
+        assert saving.value.suggested_filename == "a-fox-runs-5.mp4"
+        [video] = httpx.get(f"{clips.url}/v1/videos", headers=BEARER, timeout=10).json()["data"]
+        address = f"{clips.url}/v1/videos/{video['id']}/content"
+        assert saving.value.path().read_bytes() == httpx.get(address, headers=BEARER, timeout=10).content
+    with watched_page(browser, clips.url) as page:
+        page.wait_for_selector(".card.done video")
+        assert page.inner_text(".card .prompt") == "a fox runs"
+
+
+def test_a_clip_is_cancelled_in_the_middle_and_the_next_one_is_made(browser, clips):
+    with watched_page(browser, clips.url) as page:
+        small(page, steps="900")
+        ask(page, "a snail")
+        until(page, "document.querySelector('.card .state').textContent.startsWith('Step')")
+        setting(page, "num_inference_steps", "3")
+        ask(page, "a hare")
+        page.locator(".card", has_text="a snail").get_by_role("button", name="Cancel").click()
+        page.wait_for_selector(".card.cancelled")
+        page.locator(".card.done", has_text="a hare").wait_for()
+    videos = httpx.get(f"{clips.url}/v1/videos", headers=BEARER, timeout=10).json()["data"]
+    assert {video["prompt"]: video["status"] for video in videos[:2]} == {"a hare": "completed", "a snail": "cancelled"}
+
+
+def test_a_picture_starts_from_one_of_the_gallery(browser):
+    with (
+        KeyedServer("--model-path", "builtin:emoji", "--device", "cpu", "--no-warmup") as server,
+        watched_page(browser, server.url, wrong=("400",)) as page,
+    ):
+        setting(page, "num_inference_steps", "3")
+        ask(page, "a red apple")
+        page.wait_for_selector(".card.done")
+        assert page.is_hidden("#strength")
+        page.get_by_role("button", name="Start from Picture").click()
+        setting(page, "strength", "0.7")
+        ask(page, "a green apple")
+        until(page, "document.querySelectorAll('.card.done').length === 2")
+
+        page.set_input_files("#image", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
+        ask(page, "a blue apple")
+        page.wait_for_selector(".card.failed")
+        assert page.inner_text("#order-error").startswith("image: ")
+        page.click("#image-clear")
+        assert page.is_hidden("#strength")
