@@ -42,7 +42,10 @@ export function ranksInWords(groups) {
   return `${inOrder.map(([role, ranks]) => `${ranks.size} ${role}`).join(" + ")} ${total === 1 ? "rank" : "ranks"}`;
 }
 
-/** Bars by lane. A bar: `{request, job (null: of no job), rank, kind, began, ended (null: under way), step, total, ticks}`. */
+/**
+ * Bars by lane. A bar: `{request, job, rank, kind, began, ended, step, total, ticks}`; `job` is null where there is none
+ * (the warm-up), `ended` while it is under way.
+ */
 export class Activity {
   #lanes = new Map();
   #offset = Infinity;
@@ -64,9 +67,11 @@ export class Activity {
     this.#offset = Math.min(this.#offset, performance.now() / 1000 - news.now);
     if (news.kind === undefined) return;
     const bars = this.lane(news.rank, news.kind);
-    let bar = bars.findLast((each) => each.request === news.request_id && (each.ended === null || each.began === news.began));
+    const isSame = (bar) => bar.request === news.request_id && (bar.ended === null || bar.began === news.began);
+    let bar = bars.findLast(isSame);
     if (!bar) {
-      bar = { request: news.request_id, job: news.job_id, rank: news.rank, kind: news.kind, began: news.began, ended: null, step: 0, total: 0, ticks: [] };
+      const { request_id: request, job_id: job, rank, kind, began } = news;
+      bar = { request, job, rank, kind, began, ended: null, step: 0, total: 0, ticks: [] };
       bars.push(bar);
     }
     if (news.ended === null && news.step > bar.step) bar.ticks.push(news.now);
@@ -117,7 +122,8 @@ export class Activity {
       const span = spans.get(bar.request) ?? { began: bar.began, ended: 0 };
       spans.set(bar.request, { began: Math.min(span.began, bar.began), ended: Math.max(span.ended, bar.ended ?? now) });
     }
-    return [...spans.values()].sort((a, b) => a.began - b.began).slice(-newest).map(({ began, ended }) => ended - began);
+    const inOrder = [...spans.values()].sort((a, b) => a.began - b.began);
+    return inOrder.slice(-newest).map(({ began, ended }) => ended - began);
   }
 
   /** Share of the seconds from `from` to `to`, but not before the lane's first bar, in which the lane worked. */
@@ -129,7 +135,7 @@ export class Activity {
     return Math.min(1, worked / (to - Math.min(...spans.map(([began]) => began))));
   }
 
-  /** Share of the working time from `from` to `to` in which at least two stages computed at once; `null` if none did. */
+  /** Share of the working time in which at least two stages computed at once; `null` where none did. */
   overlap(from, to) {
     const edges = [];
     for (const bar of this.bars()) {

@@ -10,7 +10,7 @@ export class Problem extends Error {
   }
 }
 
-/** `null`, or why the key that we have is refused. Called before a request is tried again. */
+/** Ends when there is a (new) key. */
 let askForKey = async () => {};
 
 /** `ask(wrong)` shows the dialog for the key and ends when there is one. */
@@ -24,7 +24,7 @@ export function onLocked(ask) {
 
 export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
-/** The `Response`, whatever its status but 401. Rejects with `Problem` where there is none, with `AbortError` if aborted. */
+/** The `Response`, whatever its status but 401. Rejects with `Problem` where there is none, or with `AbortError`. */
 async function fetchWithKey(path, options) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);

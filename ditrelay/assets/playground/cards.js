@@ -64,13 +64,16 @@ export class Card {
     const name = work.kind === "video" ? "Clip" : "Picture";
     this.name = `${name} ${work.number}`;
     this.state = element("p", { className: "state" });
-    this.frame = element("div", { className: "frame" }, element("span", { className: "badge", textContent: work.number, ariaHidden: "true" }), this.state);
+    const badge = element("span", { className: "badge", textContent: work.number, ariaHidden: "true" });
+    this.frame = element("div", { className: "frame" }, badge, this.state);
     this.fill = element("span");
-    this.bar = element("div", { className: "bar", role: "progressbar", ariaLabel: this.name, ariaValueMin: "0", ariaValueMax: "100" }, this.fill);
+    const range = { role: "progressbar", ariaLabel: this.name, ariaValueMin: "0", ariaValueMax: "100" };
+    this.bar = element("div", { className: "bar", ...range }, this.fill);
     this.numbers = element("span", { className: "numbers" });
     this.tools = element("span", { className: "row" });
     const prompt = element("p", { className: "prompt", textContent: work.prompt, title: work.prompt });
-    this.root = element("li", { className: "card new working", tabIndex: -1 }, this.frame, this.bar, element("div", { className: "text" }, prompt, this.tools));
+    const text = element("div", { className: "text" }, prompt, this.tools);
+    this.root = element("li", { className: "card new working", tabIndex: -1 }, this.frame, this.bar, text);
     this.root.setAttribute("aria-label", `${this.name}: ${work.prompt}`);
     this.root.style.setProperty("--hue", colourOf(work.number));
     if (work.width) this.frame.style.aspectRatio = shape(work);
@@ -114,13 +117,16 @@ export class Card {
     if (work.state === "done") {
       this.state.hidden = true;
       this.frame.style.aspectRatio = shape(work);
-      const open = element("button", { type: "button", className: "open", onclick: () => this.hooks.onOpen(work) }, media(work.file, `${this.name}: ${work.prompt}`));
+      const shown = media(work.file, `${this.name}: ${work.prompt}`);
+      const onclick = () => this.hooks.onOpen(work);
+      const open = element("button", { type: "button", className: "open", onclick }, shown);
       open.setAttribute("aria-label", `Enlarge ${this.name}: ${work.prompt}`);
       this.frame.prepend(open);
     }
     const hadFocus = this.root.contains(document.activeElement);
     this.#showTools();
-    if (hadFocus) (this.frame.querySelector("button") ?? this.tools.querySelector("button"))?.focus({ preventScroll: true });
+    const next = this.frame.querySelector("button") ?? this.tools.querySelector("button");
+    if (hadFocus) next?.focus({ preventScroll: true });
   }
 
   #showTools() {
@@ -133,8 +139,11 @@ export class Card {
     }
     this.tools.append(button("again", `Draw ${this.name} again with another seed`, () => hooks.onAgain(work)));
     if (!work.file) return;
-    if (this.canStart && work.kind === "image") this.tools.append(button("start", `Start from ${this.name}`, () => hooks.onStart(work)));
-    const save = element("a", { className: "icon", href: work.file.url, download: work.file.name, title: "Download" }, icon("download"));
+    if (this.canStart && work.kind === "image") {
+      this.tools.append(button("start", `Start from ${this.name}`, () => hooks.onStart(work)));
+    }
+    const { url: href, name: download } = work.file;
+    const save = element("a", { className: "icon", href, download, title: "Download" }, icon("download"));
     save.setAttribute("aria-label", `Download ${this.name}`);
     this.tools.append(save);
   }
@@ -142,7 +151,8 @@ export class Card {
   #facts() {
     const { work, hooks } = this;
     if (work.seed === null) return [];
-    const seed = element("button", { type: "button", textContent: `seed ${work.seed}`, title: "Use this prompt and seed", onclick: () => hooks.onSeed(work) });
+    const how = { type: "button", title: "Use this prompt and seed", onclick: () => hooks.onSeed(work) };
+    const seed = element("button", { ...how, textContent: `seed ${work.seed}` });
     const seconds = work.timings?.total ?? work.seconds;
     return work.state === "done" && seconds !== null ? [seed, ` · ${duration(seconds)}`] : [seed];
   }

@@ -1,7 +1,11 @@
 // The order: the prompt and the settings that the model takes.
 
 const $ = (id) => document.getElementById(id);
-const SHAPES = [["Square", 1], ["Landscape 3:2", 3 / 2], ["Portrait 2:3", 2 / 3], ["Wide 16:9", 16 / 9], ["Tall 9:16", 9 / 16]];
+const SHAPES = [
+  ["Square", 1], ["Landscape 3:2", 3 / 2], ["Portrait 2:3", 2 / 3], ["Wide 16:9", 16 / 9], ["Tall 9:16", 9 / 16],
+];
+// The fields of this form by the names that the server has for them.
+const FIELDS = { height: "shape", width: "shape", size: "shape", input_reference: "image", num_frames: "seconds" };
 const NUMBERS = ["num_inference_steps", "guidance_scale"];
 
 export class Form {
@@ -42,8 +46,7 @@ export class Form {
 
   /** Say what the server says of a field. */
   refuse(problem) {
-    const field = { height: "shape", width: "shape", size: "shape", input_reference: "image", num_frames: "seconds" }[problem.param] ?? problem.param;
-    const input = $(field);
+    const input = $(FIELDS[problem.param] ?? problem.param);
     $("order-error").textContent = problem.message;
     if (!input?.closest("#order")) return;
     if (input.closest("#settings")) $("settings").open = true;
@@ -86,16 +89,18 @@ export class Form {
     }
     const { size } = this.limits;
     const usual = `${size.default_width}x${size.default_height}`;
-    if (!seen.has(usual)) $("shape").add(new Option(`Usual (${size.default_width} × ${size.default_height})`, usual), 0);
+    const title = `Usual (${size.default_width} × ${size.default_height})`;
+    if (!seen.has(usual)) $("shape").add(new Option(title, usual), 0);
     $("shape").add(new Option("Custom", "custom"));
     $("shape").value = usual;
   }
 
   /** A size of that ratio with about as many pixels as the model's default has. */
   #sized(ratio) {
-    const { multiple, max_side: side, max_pixels: pixels, default_width: width, default_height: height } = this.limits.size;
-    const fit = (length) => Math.min(side - (side % multiple), Math.max(multiple, Math.round(length / multiple) * multiple));
-    const area = Math.min(width * height, pixels);
+    const { multiple, max_side: side, max_pixels: pixels, default_width, default_height } = this.limits.size;
+    const nearest = (length) => Math.max(multiple, Math.round(length / multiple) * multiple);
+    const fit = (length) => Math.min(side - (side % multiple), nearest(length));
+    const area = Math.min(default_width * default_height, pixels);
     let [across, up] = [fit(Math.sqrt(area * ratio)), fit(Math.sqrt(area / ratio))];
     while (across * up > pixels && Math.max(across, up) > multiple) {
       if (across > up) across -= multiple;
@@ -107,7 +112,9 @@ export class Form {
   #setDefaults() {
     const { limits } = this;
     const { multiple, max_side: side, default_width: width, default_height: height } = limits.size;
-    for (const [id, value] of [["width", width], ["height", height]]) Object.assign($(id), { value, min: multiple, step: multiple, max: side });
+    const sides = { min: multiple, step: multiple, max: side };
+    Object.assign($("width"), { ...sides, value: width });
+    Object.assign($("height"), { ...sides, value: height });
     Object.assign($("num_inference_steps"), { max: limits.max_steps, placeholder: limits.default_steps });
     $("guidance_scale").placeholder = limits.default_guidance_scale;
     $("prompt").maxLength = limits.max_prompt_chars;
@@ -127,7 +134,8 @@ export class Form {
     const { width, height } = this.#size();
     const steps = $("num_inference_steps").value || $("num_inference_steps").placeholder;
     const count = Number($("count").value) > 1 ? ` · ${$("count").value} at once` : "";
-    $("summary").textContent = `${width} × ${height} · ${steps} steps${$("seed").value ? ` · seed ${$("seed").value}` : ""}${count}`;
+    const seed = $("seed").value ? ` · seed ${$("seed").value}` : "";
+    $("summary").textContent = `${width} × ${height} · ${steps} steps${seed}${count}`;
   }
 
   // ------------------------------------------------------------ the order
@@ -146,7 +154,9 @@ export class Form {
   /** What the page can tell by itself; the server says the rest. */
   #wrong() {
     if (!$("prompt").value.trim()) return { param: "prompt", message: "Say what to draw." };
-    if (this.limits.needs_image && !this.image) return { param: "image", message: "This model starts from a picture: choose one." };
+    if (this.limits.needs_image && !this.image) {
+      return { param: "image", message: "This model starts from a picture: choose one." };
+    }
     for (const input of $("order").querySelectorAll("input[type=number]")) {
       if (input.closest("[hidden]") || input.validity.valid) continue;
       const name = input.closest(".field").firstChild.textContent.trim();
@@ -160,7 +170,8 @@ export class Form {
     const { text, width, height } = this.#size();
     const body = { prompt, size: text };
     for (const name of NUMBERS) if ($(name).value && !$(name).closest("[hidden]")) body[name] = Number($(name).value);
-    if ($("negative_prompt").value.trim() && this.limits.negative_prompt) body.negative_prompt = $("negative_prompt").value.trim();
+    const negative = $("negative_prompt").value.trim();
+    if (negative && this.limits.negative_prompt) body.negative_prompt = negative;
     if (this.isVideo && $("seconds").value) body.seconds = Number($("seconds").value);
     return {
       kind: this.isVideo ? "video" : "image", prompt, width, height, body,

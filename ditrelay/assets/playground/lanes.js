@@ -9,6 +9,7 @@ const REST = 0.8; // seconds after the last end at which time stands still
 const PAUSE = 3; // seconds without work that part one run from the next
 const REQUESTS_WIDE = 3; // the window that fits shows the run, or this many times what a request takes
 const THIN = 5;
+const ARROWS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const MANY_GROUPS = 9; // more of them are drawn lower
 const AXIS = 22;
 
@@ -155,7 +156,8 @@ export class Lanes {
     const behind = target - this.#shown;
     this.#shown = behind > 0.5 ? this.#shown + behind * (1 - Math.exp(-passed / 0.12)) : Math.max(this.#shown, target);
     const span = this.#chosenSpan || this.#fittingSpan(now);
-    this.#span = this.still.matches || Math.abs(span / this.#span - 1) < 0.01 ? span : this.#span + (span - this.#span) * (1 - Math.exp(-passed / 0.2));
+    const isThere = this.still.matches || Math.abs(span / this.#span - 1) < 0.01;
+    this.#span = isThere ? span : this.#span + (span - this.#span) * (1 - Math.exp(-passed / 0.2));
     return !this.idle || target - this.#shown > 0.01 || this.#span !== span || now < target + REST;
   }
 
@@ -193,8 +195,8 @@ export class Lanes {
       const bar = this.activity.lane(row.rank, row.kind).findLast((each) => each.ended === null);
       return `${row.kind} on ${row.group.title}: ${bar ? `request ${numberOf(bar.job)}` : "nothing"}`;
     });
-    const shared = overlap === null ? "" : ` Stages overlapped for ${Math.round(overlap * 100)} percent of the working time.`;
-    return `Lanes of the ranks. ${lanes.join("; ")}.${shared}`;
+    const percent = overlap === null ? 0 : Math.round(overlap * 100);
+    return `Lanes of the ranks. ${lanes.join("; ")}. Stages overlapped for ${percent} percent of the working time.`;
   }
 
   // ------------------------------------------------------------ drawing
@@ -304,7 +306,8 @@ export class Lanes {
       if (ago) pen.fillRect(Math.round(x), 2, 1, this.bottom);
       pen.fillStyle = this.#colours.pale;
       pen.textAlign = ago ? "center" : "right";
-      pen.fillText(ago ? `-${ago < 60 ? `${ago} s` : `${ago / 60} min`}` : this.idle ? "idle" : "now", x, this.bottom + 17);
+      const past = ago < 60 ? `-${ago} s` : `-${ago / 60} min`;
+      pen.fillText(ago ? past : this.idle ? "idle" : "now", x, this.bottom + 17);
     }
   }
 
@@ -313,8 +316,9 @@ export class Lanes {
   #point(event) {
     const box = this.canvas.getBoundingClientRect();
     const [x, y] = [event.clientX - box.left, event.clientY - box.top];
-    const near = this.#hits.filter((hit) => x >= hit.x - 2 && x <= hit.x + hit.width + 2 && y >= hit.y - 2 && y <= hit.y + hit.height + 2);
-    this.#choose(near.at(-1)?.bar ?? null);
+    const isIn = (at, from, length) => at >= from - 2 && at <= from + length + 2;
+    const near = this.#hits.findLast((hit) => isIn(x, hit.x, hit.width) && isIn(y, hit.y, hit.height));
+    this.#choose(near?.bar ?? null);
   }
 
   #choose(bar) {
@@ -348,7 +352,7 @@ export class Lanes {
 
   #key(event) {
     if (event.key === "Enter" && this.#bar) return this.hooks.onPick(numberOf(this.#bar.job));
-    const [across, along] = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key] ?? [0, 0];
+    const [across, along] = ARROWS[event.key] ?? [0, 0];
     if (event.key === "Escape") return this.#choose(null);
     if (!across && !along) return;
     event.preventDefault();
@@ -375,10 +379,10 @@ function beside(hits, from, step) {
 function acrossFrom(hits, from, step) {
   const beyond = hits.filter((hit) => (hit.y - from.y) * step > 0);
   if (!beyond.length) return null;
-  const y = beyond.reduce((best, hit) => (Math.abs(hit.y - from.y) < Math.abs(best - from.y) ? hit.y : best), beyond[0].y);
-  const middle = (hit) => hit.x + hit.width / 2;
-  const lane = beyond.filter((hit) => hit.y === y);
-  return lane.reduce((best, hit) => (Math.abs(middle(hit) - middle(from)) < Math.abs(middle(best) - middle(from)) ? hit : best));
+  const rows = beyond.map((hit) => hit.y);
+  const y = step > 0 ? Math.min(...rows) : Math.max(...rows);
+  const away = (hit) => Math.abs(hit.x + hit.width / 2 - (from.x + from.width / 2));
+  return beyond.filter((hit) => hit.y === y).reduce((best, hit) => (away(hit) < away(best) ? hit : best));
 }
 
 function rounded(pen, x, y, width, height, radius) {

@@ -40,7 +40,8 @@ function addCard(work) {
   }, { canStart: works.model.limits.edits });
   cards.set(work.number, card);
   $("cards").prepend(card.root);
-  for (const old of works.all.filter((each) => each.ended).slice(0, Math.max(0, works.all.length - KEPT_CARDS))) removeCard(old);
+  const surplus = Math.max(0, works.all.length - KEPT_CARDS);
+  works.all.filter((each) => each.ended).slice(0, surplus).forEach(removeCard);
   showTools();
 }
 
@@ -72,7 +73,10 @@ function startFrom({ file }) {
 }
 
 function showExamples(media) {
-  const draw = (prompt) => element("button", { type: "button", textContent: prompt, onclick: () => form.onOrder(form.order(prompt)) });
+  const draw = (prompt) => {
+    const onclick = () => form.onOrder(form.order(prompt));
+    return element("button", { type: "button", textContent: prompt, onclick });
+  };
   $("examples").replaceChildren("For instance:", ...EXAMPLES[media].map(draw));
 }
 
@@ -119,8 +123,10 @@ function show(news) {
 function showLoad({ overlap, idle }) {
   const waiting = works.unfinished.filter((work) => ["waiting", "queued"].includes(work.state)).length;
   const going = works.unfinished.length - waiting;
-  const state = idle ? "At rest" : [going && `${going} at work`, waiting && `${waiting} waiting`].filter(Boolean).join(", ") || "At work";
-  $("load").textContent = overlap === null ? "" : `${state} · stages overlapped for ${Math.round(overlap * 100)} % of the working time`;
+  const own = [going && `${going} at work`, waiting && `${waiting} waiting`].filter(Boolean).join(", ");
+  const state = idle ? "At rest" : own || "At work";
+  const share = `stages overlapped for ${Math.round(overlap * 100)} % of the working time`;
+  $("load").textContent = overlap === null ? "" : `${state} · ${share}`;
 }
 
 // ------------------------------------------------------------ the server's health
@@ -218,7 +224,10 @@ form = new Form(model.limits, (order) => works.draw(order));
 showExamples(model.limits.media);
 showTools();
 $("window").addEventListener("change", () => (lanes.window = Number($("window").value)));
-$("clear").addEventListener("click", () => works.all.filter((work) => work.ended).forEach((work) => (removeCard(work), showTools())));
+$("clear").addEventListener("click", () => {
+  works.all.filter((work) => work.ended).forEach(removeCard);
+  showTools();
+});
 $("cancel-all").addEventListener("click", () => works.unfinished.forEach((work) => works.cancel(work)));
 works.restore();
 watchActivity();

@@ -30,7 +30,7 @@ export function bind(jobId, number) {
   if (numbers.size > KEPT) numbers.delete(numbers.keys().next().value);
 }
 
-/** The number of a job. Somebody else's gets the next one; 0 for no job, and while it may turn out to be of this page. */
+/** The number of a job. Somebody else's gets the next one; 0: of no job, or it may still turn out to be ours. */
 export function numberOf(jobId) {
   if (jobId === null) return 0;
   const number = numbers.get(jobId);

@@ -5,8 +5,8 @@ import { colourOf, duration } from "./numbers.js";
 
 const $ = (id) => document.getElementById(id);
 const STAGES = [
-  ["queued", "waited"], ["encode", "encode"], ["to_dit", "to the DiT"], ["wait_dit", "waited there"], ["denoise", "denoise"],
-  ["to_decoder", "to the decoder"], ["wait_decoder", "waited there"], ["decode", "decode"],
+  ["queued", "waited"], ["encode", "encode"], ["to_dit", "to the DiT"], ["wait_dit", "waited there"],
+  ["denoise", "denoise"], ["to_decoder", "to the decoder"], ["wait_decoder", "waited there"], ["decode", "decode"],
 ];
 
 export function openViewer(work) {
@@ -15,7 +15,8 @@ export function openViewer(work) {
   const shown = media(work.file, work.prompt);
   if (shown.tagName === "VIDEO") shown.controls = true;
   $("viewer-media").replaceChildren(shown);
-  const facts = [["Seed", work.seed], ["Size", `${work.width} × ${work.height}`], ["File", work.file.type.split("/")[1].toUpperCase()]];
+  const kind = work.file.type.split("/")[1].toUpperCase();
+  const facts = [["Seed", work.seed], ["Size", `${work.width} × ${work.height}`], ["File", kind]];
   if (work.timings) facts.push(["Time", duration(work.timings.total)]);
   $("viewer-facts").replaceChildren(...facts.flatMap(([name, value]) => [
     element("dt", { textContent: name }), element("dd", { textContent: value }),
@@ -37,6 +38,7 @@ function timesOf({ timings, number }) {
     const fill = element("b");
     fill.style.width = `${(timings[name] / longest) * 100}%`;
     fill.style.background = colourOf(number);
-    return [element("span", { textContent: title }), element("i", {}, fill), element("span", { textContent: duration(timings[name]) })];
+    const seconds = element("span", { textContent: duration(timings[name]) });
+    return [element("span", { textContent: title }), element("i", {}, fill), seconds];
   });
 }

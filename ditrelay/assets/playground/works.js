@@ -92,9 +92,12 @@ export class Works {
 
   /** `order`: `{kind, prompt, count, seed, width, height, body, image, strength}`. */
   draw(order) {
-    const works = Array.from({ length: order.count }, (_, index) => this.#add(new Work(order, index, this.hooks.onChange)));
-    if (order.kind === "video") works.forEach((work, index) => this.#order([work], clipOf(order, index)));
-    else for (let i = 0; i < works.length; i += MAX_N) this.#order(works.slice(i, i + MAX_N), this.#picturesOf(order, works, i));
+    const add = (_, index) => this.#add(new Work(order, index, this.hooks.onChange));
+    const works = Array.from({ length: order.count }, add);
+    if (order.kind === "video") return works.forEach((work, index) => this.#order([work], clipOf(order, index)));
+    for (let i = 0; i < works.length; i += MAX_N) {
+      this.#order(works.slice(i, i + MAX_N), this.#picturesOf(order, works, i));
+    }
   }
 
   #add(work) {
@@ -111,7 +114,7 @@ export class Works {
     return { path: "/v1/images/edits", body: formOf({ ...body, strength: order.strength, image: order.image }) };
   }
 
-  /** What was asked for before: all clips that the server has, and the pictures of this tab, as long as they are known. */
+  /** What was asked for before: all clips that the server has; the tab's pictures, as long as they are known. */
   async restore(limit = 24) {
     const found = this.model.limits.media === "video" ? await this.#oldClips(limit) : await this.#oldPictures();
     for (const old of found.reverse()) {
@@ -230,11 +233,15 @@ export class Works {
   async #tell(work, event, data) {
     if (event === "queued") work.set({ state: "queued", position: data.position });
     else if (event === "encoding" || event === "decoding") work.set({ state: event, position: null });
-    else if (event === "denoising") work.set({ state: event, step: data.step, total: data.total_steps, eta: data.eta_seconds });
+    else if (event === "denoising") this.#step(work, data);
     else if (event === "preview") work.show(blobOf(data.b64_jpeg, "image/jpeg"));
     else if (event === "failed") work.fail(new Problem(data.error.message));
     else if (event === "cancelled") work.set({ state: "cancelled" });
     else if (event === "completed") await this.#finish(work, data);
+  }
+
+  #step(work, { step, total_steps: total, eta_seconds: eta }) {
+    work.set({ state: "denoising", step, total, eta });
   }
 
   async #finish(work, data) {
@@ -255,13 +262,16 @@ export class Works {
   async #poll() {
     for (;;) {
       await pause(POLL_SECONDS);
-      const asked = this.unfinished.filter((work) => work.jobId && (BEFORE_DENOISE.has(work.state) || !this.#stops.has(work)));
+      const isAsked = (work) => work.jobId && (BEFORE_DENOISE.has(work.state) || !this.#stops.has(work));
+      const asked = this.unfinished.filter(isAsked);
       if (!asked.length) continue;
       const jobs = await getJson(`/v1/jobs?limit=${KNOWN_JOBS}`).catch(() => ({ data: [] }));
       for (const job of jobs.data) {
         const work = asked.find((each) => each.jobId === job.id);
         if (work && job.status === "queued") work.set({ state: "queued", position: job.position });
-        else if (work && job.stage && this.#knowsLess(work, job)) work.set({ state: job.stage, step: job.step, total: job.total_steps });
+        else if (work && job.stage && this.#knowsLess(work, job)) {
+          work.set({ state: job.stage, step: job.step, total: job.total_steps });
+        }
       }
     }
   }
@@ -283,8 +293,8 @@ function blobOf(base64, type) {
 }
 
 function fileName(prompt, seed, suffix) {
-  const words = prompt.toLowerCase().normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 48);
-  return `${words || "picture"}-${seed}.${suffix}`;
+  const words = prompt.toLowerCase().normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 48);
+  return `${words.replace(/^-|-$/g, "") || "picture"}-${seed}.${suffix}`;
 }
 
 // The ids of this tab's pictures, so that a reload loses none.
