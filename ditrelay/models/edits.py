@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.models.picture_files import PictureFile, read_picture
 from ditrelay.runtime.request import SamplingParams
 
-if TYPE_CHECKING:
-    from ditrelay.models.card import ModelCard
-
 _MIN_SIDE = 64
 _MAX_RATIO = 8
 
 
-def starting_size(card: ModelCard, params: SamplingParams) -> tuple[int | None, int | None]:
+class Rules(Protocol):
+    """What a ``ModelCard`` says of pictures that a request starts from, and of sizes."""
+
+    @property
+    def edits(self) -> bool: ...
+    @property
+    def needs_image(self) -> bool: ...
+    @property
+    def default_strength(self) -> float: ...
+    @property
+    def default_height(self) -> int: ...
+    @property
+    def default_width(self) -> int: ...
+    @property
+    def size_multiple(self) -> int: ...
+    @property
+    def max_side(self) -> int: ...
+
+
+def starting_size(rules: Rules, params: SamplingParams) -> tuple[int | None, int | None]:
     """Height and width that ``params`` ask for; where the model edits pictures and one is given, none is ``None``.
 
     A picture keeps its size, rounded to what the model takes; with more pixels than the model's default size it is
@@ -26,43 +42,43 @@ def starting_size(card: ModelCard, params: SamplingParams) -> tuple[int | None, 
         InvalidRequest: the picture's file is not one.
     """
     height, width = params.height, params.width
-    if not card.edits or params.image is None or (height is not None and width is not None):
+    if not rules.edits or params.image is None or (height is not None and width is not None):
         return height, width
     picture = read_picture(params.image)
     if height is not None:
-        return height, _fitting(card, height * picture.width / picture.height)
+        return height, _fitting(rules, height * picture.width / picture.height)
     if width is not None:
-        return _fitting(card, width * picture.height / picture.width), width
-    scale = min(1.0, math.sqrt(card.default_height * card.default_width / (picture.width * picture.height)))
-    return _fitting(card, picture.height * scale), _fitting(card, picture.width * scale)
+        return _fitting(rules, width * picture.height / picture.width), width
+    scale = min(1.0, math.sqrt(rules.default_height * rules.default_width / (picture.width * picture.height)))
+    return _fitting(rules, picture.height * scale), _fitting(rules, picture.width * scale)
 
 
-def starting_strength(card: ModelCard, params: SamplingParams) -> float | None:
+def starting_strength(rules: Rules, params: SamplingParams) -> float | None:
     """The default where a picture is given to be edited without one."""
-    if card.edits and params.image is not None and params.strength is None:
-        return card.default_strength or None
+    if rules.edits and params.image is not None and params.strength is None:
+        return rules.default_strength or None
     return params.strength
 
 
-def check_start(card: ModelCard, params: SamplingParams) -> None:
+def check_start(rules: Rules, params: SamplingParams) -> None:
     """Check the picture and the strength of resolved ``params``.
 
     Raises:
         InvalidRequest: names ``image`` or ``strength`` and says what is allowed.
     """
-    if params.image is not None and not (card.needs_image or card.edits):
+    if params.image is not None and not (rules.needs_image or rules.edits):
         raise InvalidRequest("image", "this model takes no picture; leave it out")
-    if params.image is None and card.needs_image:
+    if params.image is None and rules.needs_image:
         raise InvalidRequest("image", "this model starts from a picture; give a PNG, JPEG or WebP")
     if params.image is not None:
-        _check_picture(card, read_picture(params.image))
+        _check_picture(rules, read_picture(params.image))
     if params.strength is not None:
-        _check_strength(card, params, params.strength)
+        _check_strength(rules, params, params.strength)
 
 
-def _check_picture(card: ModelCard, picture: PictureFile) -> None:
+def _check_picture(rules: Rules, picture: PictureFile) -> None:
     """Source of the limits for pictures that a model looks at: ``Flux2ImageProcessor.check_image_input``."""
-    if not card.edits or card.default_strength:
+    if not rules.edits or rules.default_strength:
         return
     shorter, longer = sorted((picture.width, picture.height))
     if shorter < _MIN_SIDE or longer > _MAX_RATIO * shorter:
@@ -70,8 +86,8 @@ def _check_picture(card: ModelCard, picture: PictureFile) -> None:
         raise InvalidRequest("image", f"{picture.width}x{picture.height} is not allowed; allowed: {reason}")
 
 
-def _check_strength(card: ModelCard, params: SamplingParams, strength: float) -> None:
-    if not card.default_strength:
+def _check_strength(rules: Rules, params: SamplingParams, strength: float) -> None:
+    if not rules.default_strength:
         raise InvalidRequest("strength", "this model does not start from a picture by strength; leave it out")
     if params.image is None:
         raise InvalidRequest("strength", "it is for a picture to start from, and there is none; leave it out")
@@ -83,7 +99,7 @@ def _check_strength(card: ModelCard, params: SamplingParams, strength: float) ->
         raise InvalidRequest("strength", f"{strength!r} leaves no step of {steps}; allowed: at least 0.001")
 
 
-def _fitting(card: ModelCard, side: float) -> int:
+def _fitting(rules: Rules, side: float) -> int:
     """The nearest side that the model takes."""
-    multiple = card.size_multiple
-    return min(max(multiple, round(side / multiple) * multiple), card.max_side)
+    multiple = rules.size_multiple
+    return min(max(multiple, round(side / multiple) * multiple), rules.max_side)
