@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.client import HTTPConnection
 from typing import Any
 
 POLL_SECONDS = 1.0
@@ -52,35 +52,49 @@ def child(*words: str) -> Iterator[Child]:
         made.close()
 
 
-def connect(address: str) -> HTTPConnection:
-    """``address``: HOST:PORT."""
-    return HTTPConnection(address, timeout=TIMEOUT)
+class Connection:
+    """One connection, kept open; to a server that answers with a Content-Length."""
+
+    def __init__(self, address: str) -> None:
+        """``address``: HOST:PORT."""
+        host, port = address.split(":")
+        self._address = address
+        self._socket = socket.create_connection((host, int(port)), TIMEOUT)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._file = self._socket.makefile("rb")
+
+    def fetch(self, path: str, body: Any = None) -> bytes:
+        """The answer of one request. Raises ``RuntimeError`` for one that is an error."""
+        content = b"" if body is None else json.dumps(body).encode()
+        kind = "" if body is None else f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+        head = f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nHost: {self._address}\r\n{kind}\r\n"
+        self._socket.sendall(head.encode() + content)
+        status, length = self._file.readline(), 0
+        while line := self._file.readline().strip():
+            name, _, value = line.partition(b":")
+            length = int(value) if name.lower() == b"content-length" else length
+        answer = self._file.read(length)
+        if status.split()[1] != b"200":
+            raise RuntimeError(f"{path}: {status.split()[1].decode()}: {answer[:200]!r}")
+        return answer
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
 
 
-def fetch(connection: HTTPConnection, path: str, body: Any = None) -> Any:
+def fetch(connection: Connection, path: str, body: Any = None) -> Any:
     """The JSON answer of one request."""
-    return json.loads(fetch_bytes(connection, path, body))
-
-
-def fetch_bytes(connection: HTTPConnection, path: str, body: Any = None) -> bytes:
-    """The answer of one request. Raises ``RuntimeError`` for one that is an error."""
-    headers = {} if body is None else {"Content-Type": "application/json"}
-    content = None if body is None else json.dumps(body).encode()
-    connection.request("GET" if body is None else "POST", path, content, headers)
-    response = connection.getresponse()
-    answer = response.read()
-    if response.status != 200:
-        raise RuntimeError(f"{path}: {response.status}: {answer[:200]!r}")
-    return answer
+    return json.loads(connection.fetch(path, body))
 
 
 def call(address: str) -> None:
     """Seconds from the first byte sent to the last one received, for each (path, body) that is asked for."""
-    connection = connect(address)
+    connection = Connection(address)
     for line in sys.stdin:
         path, body = json.loads(line)
         began = time.perf_counter()
-        fetch_bytes(connection, path, body)
+        connection.fetch(path, body)
         print(json.dumps(time.perf_counter() - began), flush=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from chaos_server import Server
 from common import ROOT, markdown, origin, parser, provenance, show, write_json, write_section
-from http_clients import Child, child, connect, fetch
+from http_clients import Child, Connection, child, fetch
 
 from ditrelay import ServerArgs
 from ditrelay.engine import AsyncEngine
@@ -121,7 +121,7 @@ def _rate(address: str, seconds: float) -> float:
 
 def _at_next_end(address: str) -> tuple[int, float]:
     """The count of requests done, and the moment at which it rose to it."""
-    connection = connect(address)
+    connection = Connection(address)
     count = before = _done(connection)
     while count == before:
         time.sleep(0.002)
@@ -130,9 +130,8 @@ def _at_next_end(address: str) -> tuple[int, float]:
     return count, now
 
 
-def _done(connection: Any) -> int:
-    connection.request("GET", "/metrics")
-    [count] = DONE.findall(connection.getresponse().read().decode())
+def _done(connection: Connection) -> int:
+    [count] = DONE.findall(connection.fetch("/metrics").decode())
     return int(float(count))
 
 
@@ -144,7 +143,7 @@ def measure_listing(rounds: int) -> list[dict[str, Any]]:
     with _jobs(SLOW) as server:
         address = server.url.removeprefix("http://")
         _submit(address, LISTED + 20)  # some of them are taken by the ranks
-        connection = connect(address)
+        connection = Connection(address)
         ways: dict[str, Callable[[], int]] = {
             f"GET /v1/jobs?limit={LISTED}": lambda: len(fetch(connection, f"/v1/jobs?limit={LISTED}")["data"]),
             "GET /v1/videos?limit=100, ten pages": lambda: _pages(connection),
@@ -163,7 +162,7 @@ def _timed(name: str, rounds: int, way: Callable[[], int]) -> dict[str, Any]:
     return {"way": name, "rounds": rounds, "median_ms": statistics.median(seconds) * 1e3, "max_ms": max(seconds) * 1e3}
 
 
-def _pages(connection: Any) -> int:
+def _pages(connection: Connection) -> int:
     count, after = 0, ""
     for _ in range(LISTED // 100):
         page = fetch(connection, f"/v1/videos?limit=100{after}")
@@ -178,7 +177,7 @@ def _jobs(model: str) -> Iterator[Server]:
 
 
 def _submit(address: str, count: int) -> list[str]:
-    connection = connect(address)
+    connection = Connection(address)
     ids = [fetch(connection, "/v1/videos", {"prompt": f"a fox, {i}"})["id"] for i in range(count)]
     connection.close()
     return ids

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from http_clients import child, connect, fetch
+from http_clients import Connection, child, fetch
 from over_http import rows
 
 
@@ -42,7 +42,7 @@ def address() -> Iterator[str]:
 
 
 def test_the_plain_client_reads_answers_and_says_which_one_failed(address: str) -> None:
-    connection = connect(address)
+    connection = Connection(address)
     assert fetch(connection, "/a") == {"path": "/a"}
     assert fetch(connection, "/b", {"c": 1}) == {"c": 1}
     with pytest.raises(RuntimeError, match="/broken: 500"):
