@@ -20,6 +20,7 @@ from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import PRELOAD
 from ditrelay.runtime.activity import Activity, Watcher, follow
 from ditrelay.runtime.admission import Admission
+from ditrelay.runtime.event_relay import EventRelay
 from ditrelay.runtime.launcher import LocalLauncher
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
@@ -272,14 +273,10 @@ class AsyncTicket:
 
     async def events(self) -> AsyncIterator[Progress]:
         """As ``Ticket.events``."""
-        loop, news = asyncio.get_running_loop(), asyncio.Queue[Progress]()
-
-        def relay(progress: Progress) -> None:
-            loop.call_soon_threadsafe(news.put_nowait, progress)
-
-        self._ticket.subscribe(relay)
+        relay = EventRelay(asyncio.get_running_loop())
+        self._ticket.subscribe(relay.put)
         while True:
-            progress = await news.get()
+            progress = await relay.news.get()
             yield progress
             if progress.state.ended:
                 return

@@ -75,6 +75,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime.request_log",
             "ditrelay.runtime.run_dir",
             "ditrelay.runtime.telemetry",
+            "ditrelay.runtime.event_relay",
             "ditrelay.runtime.tickets",
             "ditrelay.runtime.replica*",
         ),
