@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo demo-server browser test gpu-test gpu-test-models gpu-test-engine lint clean
+.PHONY: demo demo-server browser test test-waiting test-others gpu-test gpu-test-models gpu-test-engine lint clean
 
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
@@ -26,8 +26,21 @@ demo: $(STAMP)
 demo-server: $(STAMP)
 	$(BIN)/python scripts/demo_server.py
 
+# These wait for browsers and for servers of their own most of the time: without PYTEST_ARGS they run beside the others.
+WAITING := $(wildcard tests/test_playground*.py) tests/test_jobs_killed.py tests/test_same_bytes.py tests/test_openai_client.py
+
 test: $(DEV_STAMP) browser
+ifeq ($(PYTEST_ARGS),)
+	@$(MAKE) --no-print-directory -j2 test-waiting test-others
+else
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+endif
+
+test-waiting:
+	$(BIN)/python -m pytest -q $(WAITING)
+
+test-others:
+	$(BIN)/python -m pytest -q $(WAITING:%=--ignore=%)
 
 # What starts many engines of its own side by side, and everything else.
 MANY_ENGINES := tests/test_cuda_parallel.py tests/test_cuda_memory.py
