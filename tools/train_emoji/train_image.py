@@ -35,7 +35,7 @@ from tools.train_emoji.layouts import SceneTable, make_table
 from tools.train_emoji.pool import DeviceTable, LatentPool, encode_table
 from tools.train_emoji.sheets import SHOWN_PROMPTS, write_sheet
 from tools.train_emoji.tokens import make_tokenizer, tokenize
-from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer
+from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer, shared_arguments
 from tools.train_emoji.vae import VaeSettings, autocast, latent_means, make_vae, train_vae
 
 VALIDATION_SEED = 999_999
@@ -70,31 +70,22 @@ class Workshop:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ``--help`` says what each setting does."""
-    parser = argparse.ArgumentParser(description="Train the built-in text-to-image model.")
+    parser = shared_arguments("Train the built-in text-to-image model.")
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="the file that prepare.py wrote")
-    add("--work", type=Path, required=True, help="folder for state, log and model; a later command goes on from it")
     add("--command-seconds", type=float, default=570, help="this command ends after so long")
     add("--reserve-seconds", type=float, default=25, help="kept at the end for export and samples")
     add("--seconds", type=float, default=720, help="transformer training over all commands; the rate falls to its end")
-    add("--finish", action="store_true", help="spread what is left of the schedule over this command, whatever it is")
     add("--vae-seconds", type=float, default=210, help="training of the autoencoder, in the first command")
     add("--decoder-seconds", type=float, default=0, help="finish the decoder on what the transformer makes, at the end")
     add("--start", type=Path, help="go on from an exported model folder with fresh moments (use a low --rate)")
     add("--pool", type=int, default=400_000, help="scenes drawn and encoded per command")
-    add("--seed", type=int, default=0, help="of the scenes; another one per command shows more of them")
     add("--batch", type=int, default=512)
-    add("--rate", type=float, default=1e-3, help="peak learning rate")
     add("--vae-batch", type=int, default=64)
-    add("--vae-rate", type=float, default=1.2e-3)
     add("--vocabulary", type=int, default=3072)
     add("--text-layers", type=int, default=6)
     add("--shift", type=float, default=2.0, help="written to the scheduler")
     add("--size", type=int, default=128, help="pixels")
-    add("--emoji", type=int, default=0, help="only so many emoji, for trials")
     add("--validation-scenes", type=int, default=2048)
-    add("--no-compile", action="store_true")
-    add("--no-samples", action="store_true")
     return parser.parse_args(arguments)
 
 

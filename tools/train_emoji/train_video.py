@@ -26,7 +26,7 @@ from tools.train_emoji.dataset import load_emoji
 from tools.train_emoji.drawing import Drawer
 from tools.train_emoji.export import weights_megabytes
 from tools.train_emoji.motions import ClipDrawer, ClipTable, make_clip_table
-from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer
+from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer, shared_arguments
 from tools.train_emoji.vae import autocast
 from tools.train_emoji.video_export import export_video_model, write_samples
 from tools.train_emoji.video_model import (
@@ -95,28 +95,19 @@ class Workshop:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ``--help`` says what each setting does."""
-    parser = argparse.ArgumentParser(description="Train the built-in text-to-video model.")
+    parser = shared_arguments("Train the built-in text-to-video model.")
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="the file that prepare.py wrote")
-    add("--work", type=Path, required=True, help="folder for state, log and model; a later command goes on from it")
     add("--command-seconds", type=float, default=580, help="this command ends after so long")
     add("--reserve-seconds", type=float, default=30, help="kept at the end for export and samples")
     add("--seconds", type=float, default=660, help="transformer training over all commands; the rate falls to its end")
-    add("--finish", action="store_true", help="spread what is left of the schedule over this command, whatever it is")
     add("--vae-seconds", type=float, default=140, help="training of the autoencoder over all commands")
     add("--pool", type=int, default=200_000, help="clips made up per command")
     add("--pool-seconds", type=float, default=55, help="time to draw and encode them; what is left over is not used")
-    add("--seed", type=int, default=0, help="of the clips; another one per command shows more of them")
     add("--batch", type=int, default=256, help="clips a step")
     add("--stills-batch", type=int, default=1024, help="pictures a step, in the steps on first frames")
-    add("--rate", type=float, default=1e-3, help="peak learning rate")
     add("--vae-batch", type=int, default=32, help="windows of three frames a step")
-    add("--vae-rate", type=float, default=1.2e-3)
     add("--size", type=int, default=SIZE, help="pixels")
-    add("--emoji", type=int, default=0, help="only so many emoji, for trials")
     add("--trial", action="store_true", help="networks that train on a CPU, for trials")
-    add("--no-compile", action="store_true")
-    add("--no-samples", action="store_true")
     return parser.parse_args(arguments)
 
 

@@ -6,6 +6,7 @@ the progress, so that a resumed run goes on where the last one stopped.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -24,6 +25,22 @@ from tools.train_emoji.optimizers import Optimizer
 UNCOUNTED_STEPS = 10
 """The first steps of a command compile; the clock starts after them."""
 SYNC_EVERY = 10
+
+
+def shared_arguments(description: str) -> argparse.ArgumentParser:
+    """A parser with what every training is asked for."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="the file that prepare.py wrote")
+    add("--work", type=Path, required=True, help="folder for state, log and model; a later command goes on from it")
+    add("--finish", action="store_true", help="spread what is left of the schedule over this command, whatever it is")
+    add("--seed", type=int, default=0, help="of the scenes or clips; another one per command shows more of them")
+    add("--rate", type=float, default=1e-3, help="peak learning rate")
+    add("--vae-rate", type=float, default=1.2e-3)
+    add("--emoji", type=int, default=0, help="only so many emoji, for trials")
+    add("--no-compile", action="store_true")
+    add("--no-samples", action="store_true")
+    return parser
 
 
 class Journal:
