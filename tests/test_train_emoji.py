@@ -21,7 +21,16 @@ from tools.train_emoji.decoder import Finish
 from tools.train_emoji.drawing import Drawer
 from tools.train_emoji.export import ImageModel, export_image_model, load_image_model
 from tools.train_emoji.image_model import BatchedModel, make_text_encoder, make_transformer, unused_parameters
-from tools.train_emoji.layouts import TESTED, Scene, SceneMaker, Thing, is_held_out, make_table, plain_background
+from tools.train_emoji.layouts import (
+    SCENES_AT_ONCE,
+    TESTED,
+    Scene,
+    SceneMaker,
+    Thing,
+    is_held_out,
+    make_table,
+    plain_background,
+)
 from tools.train_emoji.measures import features, frechet_distance, sharpness
 from tools.train_emoji.prompts import MIX, choose_prompts, single_scene, unjittered
 from tools.train_emoji.tokens import make_tokenizer, tokenize
@@ -138,10 +147,11 @@ def test_every_model_is_asked_the_same(emoji: EmojiSet) -> None:
     assert choose_prompts(emoji, 3, 40) == choose_prompts(emoji, 3, 40)
 
 
-def test_scenes_are_the_same_whatever_the_number_of_workers(emoji: EmojiSet) -> None:
-    one, two = (make_table(emoji.emoji, 6400, seed=1, workers=count) for count in (1, 2))
-    assert one.captions == two.captions
-    assert np.array_equal(one.things, two.things)
+def test_a_longer_table_of_a_seed_begins_with_a_shorter_one(emoji: EmojiSet) -> None:
+    short, long = (make_table(emoji.emoji, count, seed=1) for count in (200, SCENES_AT_ONCE + 1))
+    assert len(long) == SCENES_AT_ONCE + 1 and long.captions[:200] == short.captions
+    assert np.array_equal(long.things[:200], short.things)
+    assert make_table(emoji.emoji, 200, seed=2).captions != short.captions
 
 
 def test_without_its_jitter_a_thing_stands_at_the_spot_of_its_kind(emoji: EmojiSet) -> None:

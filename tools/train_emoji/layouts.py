@@ -8,7 +8,6 @@ never draws a scene that holds one of them, whatever its seed.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,6 +25,8 @@ MAX_THINGS = 5
 THING_COLUMNS = 7
 BACKGROUND_COLUMNS = 11
 HELD_OUT_SHARE = 0.08
+SCENES_AT_ONCE = 8192
+"""A scene is some dozen objects: so many are made before they become arrays."""
 COLOUR_NAMES = tuple(COLOURS)
 PLAIN_NAMES_WORDS = 3
 
@@ -288,25 +289,13 @@ def tabulate(scenes: Sequence[Scene]) -> SceneTable:
     return SceneTable(things, backgrounds, [scene.caption for scene in scenes])
 
 
-def _make_part(emoji: tuple[Emoji, ...], seed: int, count: int) -> SceneTable:
+def make_table(emoji: tuple[Emoji, ...], count: int, seed: int) -> SceneTable:
+    """``count`` training scenes of one seed; a longer table of that seed begins with a shorter one's."""
     maker = SceneMaker(emoji, seed)
-    return tabulate([maker.scene() for _ in range(count)])
-
-
-def make_table(emoji: tuple[Emoji, ...], count: int, seed: int, workers: int = 1) -> SceneTable:
-    """``count`` training scenes, the same for the same seed whatever the number of worker processes.
-
-    The workers are forked: call this before the process first uses CUDA.
-    """
-    parts = 64 if count >= 6400 else 1
-    sizes = [count // parts + (k < count % parts) for k in range(parts)]
-    jobs = [(emoji, seed * 1000 + k, size) for k, size in enumerate(sizes)]
-    if workers > 1 and parts > 1:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            tables = pool.starmap(_make_part, jobs, chunksize=1)
-    else:
-        tables = [_make_part(*job) for job in jobs]
-    captions = [caption for table in tables for caption in table.captions]
+    parts = (min(SCENES_AT_ONCE, count - start) for start in range(0, count, SCENES_AT_ONCE))
+    tables = [tabulate([maker.scene() for _ in range(part)]) for part in parts]
     return SceneTable(
-        np.concatenate([t.things for t in tables]), np.concatenate([t.backgrounds for t in tables]), captions
+        np.concatenate([table.things for table in tables]),
+        np.concatenate([table.backgrounds for table in tables]),
+        [caption for table in tables for caption in table.captions],
     )

@@ -7,7 +7,6 @@ layouts.py: by a hash of the names.
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -206,29 +205,10 @@ def tabulate_clips(clips: list[Clip]) -> ClipTable:
     return ClipTable(things, backgrounds, motions, [clip.scene.caption for clip in clips])
 
 
-def _make_part(emoji: tuple[Emoji, ...], seed: int, count: int) -> ClipTable:
+def make_clip_table(emoji: tuple[Emoji, ...], count: int, seed: int) -> ClipTable:
+    """``count`` training clips of one seed."""
     maker = ClipMaker(emoji, seed)
     return tabulate_clips([maker.clip() for _ in range(count)])
-
-
-def make_clip_table(emoji: tuple[Emoji, ...], count: int, seed: int, workers: int = 1) -> ClipTable:
-    """``count`` training clips, the same for the same seed whatever the number of worker processes.
-
-    The workers are forked: call this before the process first uses CUDA.
-    """
-    parts = 64 if count >= 6400 else 1
-    jobs = [(emoji, seed * 1000 + k, count // parts + (k < count % parts)) for k in range(parts)]
-    if workers > 1 and parts > 1:
-        with multiprocessing.get_context("fork").Pool(workers) as pool:
-            tables = pool.starmap(_make_part, jobs, chunksize=1)
-    else:
-        tables = [_make_part(*job) for job in jobs]
-    return ClipTable(
-        np.concatenate([table.things for table in tables]),
-        np.concatenate([table.backgrounds for table in tables]),
-        np.concatenate([table.motions for table in tables]),
-        [caption for table in tables for caption in table.captions],
-    )
 
 
 class ClipDrawer:

@@ -10,7 +10,6 @@ on. At the end of each command WORK/model is the best model so far and WORK/samp
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,11 +89,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_workshop(args: argparse.Namespace) -> Workshop:
-    """Reads the emoji, makes up this command's scenes, and only then touches the device."""
+    """Reads the emoji, makes up this command's scenes, and looks for a device."""
     args.work.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.work)
     emoji = load_emoji(args.data).first(args.emoji)
-    scenes = make_table(emoji.emoji, args.pool, args.seed, os.cpu_count() or 1)
+    scenes = make_table(emoji.emoji, args.pool, args.seed)
     checks = make_table(emoji.emoji, args.validation_scenes, VALIDATION_SEED)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)

@@ -10,7 +10,6 @@ each command WORK/model is the best model so far and WORK/samples.png shows it.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -112,11 +111,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def open_workshop(args: argparse.Namespace) -> Workshop:
-    """Reads the emoji, makes up this command's clips, and only then touches the device."""
+    """Reads the emoji, makes up this command's clips, and looks for a device."""
     args.work.mkdir(parents=True, exist_ok=True)
     journal = Journal(args.work)
     emoji = load_emoji(args.data).first(args.emoji)
-    table = make_clip_table(emoji.emoji, args.pool, args.seed, os.cpu_count() or 1)
+    table = make_clip_table(emoji.emoji, args.pool, args.seed)
     widths = TRIAL_WIDTHS if args.trial else Widths()
     tokenizer = prepare_tokenizer(args.work / "tokenizer", table, widths)
     tokens, lengths = tokenize(tokenizer, [*table.captions, ""])
