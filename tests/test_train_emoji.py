@@ -283,6 +283,15 @@ def test_the_best_weights_are_kept_not_the_last(tmp_path: Path) -> None:
     assert torch.equal(line.module.weight, line.seen[1])
 
 
+def test_the_weights_that_a_training_starts_with_are_kept_where_it_makes_them_worse(tmp_path: Path) -> None:
+    line = _Line(tmp_path, losses=(0.1, *[0.3] * 1000))
+    before = line.module.weight.detach().clone()
+    line.run(0.05)
+    assert not torch.equal(line.module.weight, before)
+    line.trainer.use_best()
+    assert torch.equal(line.module.weight, before)
+
+
 def test_a_training_that_diverges_goes_back_to_its_best_weights_at_half_the_rate(tmp_path: Path) -> None:
     line = _Line(tmp_path, broken=range(15, 20))
     line.run(0.05)
@@ -290,9 +299,18 @@ def test_a_training_that_diverges_goes_back_to_its_best_weights_at_half_the_rate
     assert torch.isfinite(line.module.weight).all()
 
 
-def test_a_training_that_diverges_at_once_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="lower rate"):
-        _Line(tmp_path, broken=range(5, 20)).run(0.05)
+def test_a_training_that_diverges_at_once_goes_back_to_where_it_started(tmp_path: Path) -> None:
+    line = _Line(tmp_path, broken=range(5, 9))
+    line.run(0.05)
+    assert line.trainer.rate_scale == 0.5
+    assert torch.isfinite(line.module.weight).all()
+
+
+def test_a_training_whose_first_weights_give_no_finite_loss_does_not_begin(tmp_path: Path) -> None:
+    line = _Line(tmp_path, losses=(float("nan"),))
+    with pytest.raises(RuntimeError, match="before its first step"):
+        line.run(0.05)
+    assert line.trainer.steps == 0
 
 
 def test_the_rate_rises_stays_and_falls() -> None:

@@ -167,7 +167,14 @@ class Trainer:
         return self.progress >= 1
 
     def run(self, step_loss: Callable[[], Tensor], validate: Callable[[], float], budget: Budget) -> None:
-        """Steps until the schedule or the time is over, then saves; ``validate`` finds the EMA in the model."""
+        """Steps until the schedule or the time is over, then saves; ``validate`` finds the EMA in the model.
+
+        The weights that it starts with count among the best. Raises ``RuntimeError`` if they give no finite loss.
+        """
+        if not math.isfinite(self.best_loss):
+            self._validate(validate)
+        if not math.isfinite(self.best_loss):
+            raise RuntimeError(f"the loss of {self.name} isn't finite before its first step; look at --start and data")
         started = time.monotonic()
         first, at_start, slope = self.steps, self.progress, 0.0
         reported = validated = started
@@ -227,8 +234,6 @@ class Trainer:
         self.journal.write(f"{self.name}: validation", step=self.steps, loss=loss, best=self.best_loss)
 
     def _return_to_best(self) -> None:
-        if not math.isfinite(self.best_loss):
-            raise RuntimeError(f"{self.name} diverged before its first good validation; start again with a lower rate")
         self.journal.write(f"{self.name}: diverged; back to the best weights at half the rate", step=self.steps)
         self.use_best()
         with torch.no_grad():
