@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import diffusers
+import msgspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -87,6 +88,21 @@ def test_the_built_in_model_draws_what_the_stock_pipeline_draws(emoji: Any) -> N
             generator=torch.Generator("cpu").manual_seed(request.params.seed or 0),
         ).images[0]
         assert np.abs(_draw(emoji, request)[0].astype(int) - np.asarray(stock).astype(int)).max() <= 1
+
+
+def test_the_built_in_models_shorter_padding_changes_no_bit_of_a_prompt(emoji: Any) -> None:
+    card = load_card("builtin:emoji")
+    assert card.text_tokens == 128
+    padded = load_adapter(LoadSpec(card=msgspec.structs.replace(card, text_tokens=None), roles=COLOCATED))
+    for params in ({}, {"prompt": "a kite and a boat " * 6, "negative_prompt": "blue"}):
+        request = Request(
+            request_id="r", params=card.resolve(SamplingParams(**{"prompt": "a red apple", "seed": 1, **params}))
+        )
+        short, long = emoji.encode([request]), padded.encode([request])
+        assert short.keys() == long.keys()
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            for one, other in zip(short[name].value, long[name].value, strict=True):
+                assert torch.equal(one, other)
 
 
 def test_bfloat16_draws_nearly_the_same_picture(emoji: Any) -> None:

@@ -40,6 +40,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         default_strength: of such a request; 0 where it has none, since the model looks at the picture at every step.
         guidance_above: classifier-free guidance, and with it the negative prompt, has an effect above this scale.
         parallel: which of ``sp``, ``ring``, ``tp`` and ``cfg`` can spread a denoise over ranks (``Family.plans``).
+        text_tokens: what prompts are padded or cut to; None: as the pipeline does.
         previews: it can show what a picture looks like while it is denoised.
     """
 
@@ -69,6 +70,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     supports_guidance: bool = False
     guidance_above: float = 1.0
     parallel: tuple[str, ...] = ()
+    text_tokens: int | None = None
     previews: bool = False
 
     def resolve(self, params: SamplingParams) -> SamplingParams:
@@ -137,6 +139,7 @@ def load_card(model_path: str, load_format: str = "auto") -> ModelCard:
         default_guidance_scale=builtin.guidance,
         default_strength=builtin.strength,
         max_pixels=builtin.max_pixels,
+        text_tokens=builtin.text_tokens,
     )
 
 

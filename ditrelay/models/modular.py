@@ -72,6 +72,8 @@ class ModularAdapter:
     def __init__(self, spec: LoadSpec) -> None:
         """Raises ``UnsupportedModel`` for a component that can't be loaded."""
         self._family = family_named(spec.card.family)
+        own = {} if spec.card.text_tokens is None else {"max_sequence_length": spec.card.text_tokens}
+        self._fixed_inputs = {**self._family.inputs, **own}
         self._device = torch.device(spec.device)
         self._timestep = ExactTimestep()
         # Wan's VAE keeps a cache between its frames, which encoding a picture and decoding a clip would share.
@@ -249,7 +251,7 @@ class ModularAdapter:
             inputs["image"] = open_image(params, stretch=not self._family.looks_at_picture)
         if params.strength is not None:
             inputs["strength"] = params.strength
-        return {**inputs, **self._family.inputs}
+        return {**inputs, **self._fixed_inputs}
 
     def _before_step(self, blocks_state: Any, step: int, timestep: torch.Tensor) -> bool:
         wanted = pause(len(blocks_state.timesteps), step, blocks_state)
