@@ -167,6 +167,20 @@ def test_jobs_expire_by_age_and_by_bytes_with_the_oldest_first_and_never_open_on
     assert store.expired(lifetime=100, max_bytes=1) == ["b", "a"]  # the newest stays
 
 
+def test_a_picture_is_kept_apart_from_the_rows_until_its_job_ends(store: JobStore) -> None:
+    picture = bytes(range(256)) * 400
+    for job_id in ("done", "failed", "cancelled", "deleted", "waits"):
+        added = store.add(Job(id=job_id, model="tiny", params={"prompt": "a"}, created=1.5), limit=9, picture=picture)
+        assert added is not None and added.params == {"prompt": "a"}
+        assert store.picture(job_id) == picture
+        store.start(job_id)
+    assert store.requeue("waits") and not store.complete("waits", "x.mp4", 1)
+    assert store.complete("done", "x.mp4", 1) and store.fail("failed", "why") and store.cancel("cancelled")
+    assert store.delete("deleted")
+    kept = {job_id: store.picture(job_id) for job_id in ("done", "failed", "cancelled", "deleted", "waits", "other")}
+    assert kept == dict.fromkeys(kept) | {"waits": picture}
+
+
 @pytest.mark.parametrize("url", ["nonsense", "nodatabase://x", "sqlite:////nowhere/at/all/jobs.sqlite"])
 def test_a_database_that_cannot_be_opened_is_an_error_of_its_flag(url):
     with pytest.raises(ConfigError, match="--job-store: "):
@@ -184,20 +198,22 @@ def test_it_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-# ---------------------------------------------------------------- PostgreSQL
+def test_an_sqlite_file_is_one_database_by_whichever_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = JobStore(f"sqlite:///file:{tmp_path / 'jobs.sqlite'}?uri=true")
+    with pytest.raises(ConfigError, match="in use by another server"):
+        JobStore("sqlite:///jobs.sqlite")
+    first.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["jobs.sqlite", "jobs.sqlite.lock"]
 
 
-def test_the_store_goes_on_when_the_database_was_restarted(cluster: Cluster) -> None:
-    store = JobStore(cluster.create_database("restarted"))
-    add(store, "a")
-    cluster.stop()
-    cluster.start()
-    assert store.start("a") and ids(store.page(limit=9)) == ["a"]
-    store.close()
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_database_in_memory_is_refused_since_each_thread_would_have_its_own(url: str) -> None:
+    with pytest.raises(ConfigError, match="--job-store: a database in memory forgets its jobs"):
+        JobStore(url)
 
 
-def test_a_database_has_one_server_at_a_time(cluster: Cluster) -> None:
-    url = cluster.create_database("claimed")
+def test_a_database_has_one_server_at_a_time(url: str) -> None:
     first = JobStore(url)
     with pytest.raises(ConfigError, match="--job-store: the database is in use by another server"):
         JobStore(url, claim_seconds=0.2)
@@ -205,8 +221,7 @@ def test_a_database_has_one_server_at_a_time(cluster: Cluster) -> None:
     JobStore(url, claim_seconds=0.0).close()
 
 
-def test_a_database_is_free_again_when_its_server_was_killed(cluster: Cluster) -> None:
-    url = cluster.create_database("killed")
+def test_a_database_is_free_again_when_its_server_was_killed(url: str) -> None:
     code = f"from ditrelay.server.job_store import JobStore; store = JobStore({url!r})"
     words = [sys.executable, "-c", code + "; import time; print('up', flush=True); time.sleep(99)"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE)
@@ -217,6 +232,18 @@ def test_a_database_is_free_again_when_its_server_was_killed(cluster: Cluster) -
     process.wait(10)
     process.stdout.close()
     JobStore(url).close()
+
+
+# ---------------------------------------------------------------- PostgreSQL
+
+
+def test_the_store_goes_on_when_the_database_was_restarted(cluster: Cluster) -> None:
+    store = JobStore(cluster.create_database("restarted"))
+    add(store, "a")
+    cluster.stop()
+    cluster.start()
+    assert store.start("a") and ids(store.page(limit=9)) == ["a"]
+    store.close()
 
 
 @pytest.mark.parametrize("scheme", ["postgresql", "postgres"])
@@ -230,6 +257,7 @@ def test_characters_that_a_database_keeps_no_text_of_do_not_lose_the_job(store: 
     assert store.fail("a", "why\0?")
     failed = store.get("a")
     assert failed is not None and failed.error == "why?"
+    assert store.get("a\0b") is None and store.get("\ud800") is None
 
 
 def test_a_missing_driver_is_named_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,10 @@ def test_what_is_wrong_is_said_in_words_at_its_field(opened):
 def test_the_key_is_asked_for_and_a_wrong_one_is_refused(opened):
     with opened(key=None, wrong=("401",)) as page:
         page.wait_for_selector("#key-dialog[open]")
+        for _ in range(3):  # the browser heeds a page that objects only once
+            page.keyboard.press("Escape")
+            page.wait_for_timeout(50)
+        page.wait_for_selector("#key-dialog[open]")
         page.fill("#key", "guessed")
         page.keyboard.press("Enter")
         until(page, "document.getElementById('key-error').textContent !== ''")
@@ -286,6 +290,41 @@ def test_a_broken_connection_is_said_and_made_again(opened):
         page.wait_for_selector("#health[data-state=ready]")
         card(page).get_by_role("button", name="again").click()
         page.wait_for_selector(".card.done")
+
+
+def test_a_picture_whose_file_does_not_come_at_once_is_asked_for_again(opened):
+    with opened(wrong=("Failed to load",)) as page:
+        page.route("**/content", lambda route: route.abort(), times=1)
+        ask(page, "a cat")
+        page.wait_for_selector(".card:not(.working)")
+        assert page.is_visible(".card.done"), card(page).locator(".state").inner_text()
+
+
+def test_again_is_with_the_settings_of_that_picture_not_with_those_for_the_next(opened, server):
+    with opened() as page:
+        setting(page, "num_inference_steps", "2")
+        ask(page, "a cat")
+        page.wait_for_selector(".card.done")
+        setting(page, "num_inference_steps", "3")
+        card(page).get_by_role("button", name="again").click()
+        until(page, "document.querySelectorAll('.card.done').length === 2")
+        newest, first = httpx.get(f"{server.url}/v1/jobs?limit=2", headers=BEARER, timeout=10).json()["data"]
+        assert (newest["total_steps"], first["total_steps"]) == (2, 2)
+
+
+def test_a_cancel_that_does_not_get_through_is_said_until_there_is_other_news(opened):
+    with opened(wrong=("Failed to load",)) as page:
+        page.route("**/cancel", lambda route: route.abort())
+        setting(page, "num_inference_steps", "200")
+        ask(page, "a cat")
+        until(page, "document.querySelector('.card .state').textContent.startsWith('Step')")
+        page.evaluate(NOTE_PROGRESS)
+        card(page).get_by_role("button", name="Cancel").click()
+        until(page, "window.seen.states.includes('The server cannot be reached.')")
+        until(page, "document.querySelector('.card .state').textContent.startsWith('Step')")
+        page.unroute("**/cancel")
+        card(page).get_by_role("button", name="Cancel").click()
+        page.wait_for_selector(".card.cancelled")
 
 
 def test_a_prompt_is_never_taken_for_html(opened):

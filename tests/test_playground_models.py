@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 import tiny_models
+from picture_samples import picture
 from playground_browser import BEARER, KeyedServer, ask, chromium, setting, until, watched_page
 
 
@@ -48,9 +49,13 @@ def test_a_clip_is_made_plays_and_is_still_there_in_a_new_tab(browser, clips):
         [video] = httpx.get(f"{clips.url}/v1/videos", headers=BEARER, timeout=10).json()["data"]
         address = f"{clips.url}/v1/videos/{video['id']}/content"
         assert saving.value.path().read_bytes() == httpx.get(address, headers=BEARER, timeout=10).content
-    with watched_page(browser, clips.url) as page:
+    with watched_page(browser, clips.url, wrong=("503",)) as page:
         page.wait_for_selector(".card.done video")
         assert page.inner_text(".card .prompt") == "a fox runs"
+        begins = {"status": 503, "headers": {"Retry-After": "1"}, "json": {"error": {"message": "it begins"}}}
+        page.route("**/v1/videos?*", lambda route: route.fulfill(**begins), times=1)
+        page.reload()
+        page.wait_for_selector(".card.done video")
 
 
 def test_a_clip_is_cancelled_in_the_middle_and_the_next_one_is_made(browser, clips):
@@ -87,3 +92,19 @@ def test_a_picture_starts_from_one_of_the_gallery(browser):
         assert page.inner_text("#order-error").startswith("image: ")
         page.click("#image-clear")
         assert page.is_hidden("#strength")
+
+
+def test_a_model_that_looks_at_the_picture_is_not_asked_for_a_strength(browser, tmp_path):
+    model = str(tiny_models.build("flux2-klein", tmp_path / "model"))
+    with (
+        KeyedServer("--model-path", model, "--device", "cpu", "--no-warmup") as server,
+        watched_page(browser, server.url) as page,
+    ):
+        page.select_option("#shape", "custom")
+        for name, value in (("width", "64"), ("height", "64"), ("num_inference_steps", "2")):
+            setting(page, name, value)
+        page.set_input_files("#image", {"name": "a.png", "mimeType": "image/png", "buffer": picture(64, 64)})
+        assert page.is_hidden("#strength")
+        ask(page, "a green apple")
+        page.wait_for_selector(".card:not(.working)")
+        assert page.is_visible(".card.done"), page.inner_text(".card .state")

@@ -209,6 +209,7 @@ def test_redirects_without_end_are_refused() -> None:
     [
         (answer(b"no", "404 Not Found"), "answered 404"),
         (answer(b"", "500 Oh"), "answered 500"),
+        (answer(b"", "302 Found", Location="http://[x/"), "leads to none"),
         (answer(bytes(MAX_BYTES + 1)), "too large"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 999999999\r\n\r\n", "too large"),
         (b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + bytes(MAX_BYTES + 1), "too large"),

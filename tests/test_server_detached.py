@@ -37,7 +37,9 @@ def test_the_jobs_are_answered_at_once_and_their_files_are_there_when_they_are_d
         for job_id, seed in zip(ids, (5, 6), strict=True):
             job = (await client.get(f"/v1/jobs/{job_id}")).json()
             assert job["status"] == "completed"
-            assert (await client.get(job["url"])).content == f"PNG of a cat [wait] with {seed}".encode()
+            file = await client.get(job["url"])
+            assert file.content == f"PNG of a cat [wait] with {seed}".encode()
+            assert "max-age=3600" in file.headers["cache-control"]  # nobody has got it in another way
 
     with_client(engine, act)
 

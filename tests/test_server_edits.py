@@ -67,6 +67,13 @@ def test_a_picture_reaches_the_engine_as_it_is_however_it_is_sent(how: dict[str,
     assert response.json()["size"] == "48x32"
 
 
+def test_a_data_url_in_a_form_may_be_as_large_as_one_in_json() -> None:
+    large, engine = picture(900, 900), CardEngine()  # 2 MB
+    response = edit(engine, files={"prompt": (None, "a cat"), "image": (None, data_url(large))})
+    assert response.status_code == 200, response.text
+    assert engine.tickets[0].params.image == large
+
+
 def test_every_field_of_a_form_reaches_the_engine() -> None:
     engine = CardEngine()
     fields = {
@@ -191,6 +198,7 @@ def test_a_bad_field_is_named(changed: dict[str, str], param: str) -> None:
 def test_masks_and_several_pictures_are_refused_with_what_is_there_instead() -> None:
     file = ("x.png", PNG, "image/png")
     assert "strength" in refused(edit(data={"prompt": "a"}, files={"image": file, "mask": file}), "mask")
+    assert "strength" in refused(edit(data={"prompt": "a", "mask": ""}, files={"image": file}), "mask")
     for name in ("image", "image[]"):
         several = edit(data={"prompt": "a"}, files=[(name, file), (name, file)])
         assert "2 pictures; allowed: one" in refused(several)

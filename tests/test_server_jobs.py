@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -171,6 +173,7 @@ def test_a_picture_is_a_job_that_tells_every_stage_each_step_and_where_its_file_
         assert base64.b64decode(watching.events[-2].data["b64_jpeg"]) == b"jpeg of 1"
         now = (await client.get(f"/v1/jobs/{job['id']}")).json()
         assert (now["status"], now["stage"], now["position"], now["url"]) == ("in_progress", "decoding", None, None)
+        assert (now["step"], now["total_steps"]) == (4, 4)
         engine.tickets[0].finish()
         last = (await watching.to_end())[-1]
         assert last.name == "completed"
@@ -188,7 +191,30 @@ def test_a_picture_is_a_job_that_tells_every_stage_each_step_and_where_its_file_
         assert (await asking).json()["data"][0]["url"].rpartition("/v1/")[2] == last.data["url"].rpartition("/v1/")[2]
         ended = (await client.get(f"/v1/jobs/{job['id']}")).json()
         assert (ended["status"], ended["stage"], ended["error"]) == ("completed", None, None)
+        assert (ended["step"], ended["total_steps"]) == (4, 4)
         assert last.data["url"].endswith(ended["url"])
+
+    run(StepEngine, act)
+
+
+def test_a_picture_that_has_ended_is_known_without_its_request_and_its_file():
+    """These are megabytes each, and hundreds of them are known for ten minutes."""
+
+    async def act(app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        assert (await client.post(PICTURES, json={"prompt": "[fail]"})).status_code == 500
+        for end in (lambda ticket: ticket.finish(), lambda ticket: ticket.cancel()):
+            asking, _ = await draw(client, engine)
+            end(engine.tickets[-1])
+            await asking
+        tickets = [weakref.ref(ticket) for ticket in engine.tickets]
+        engine.tickets.clear()
+        gc.collect()
+        assert [ticket() for ticket in tickets] == [None] * 3
+        jobs = (await client.get("/v1/jobs")).json()["data"]
+        assert [job["status"] for job in jobs] == ["cancelled", "completed", "failed"]
+        assert (await client.get(jobs[1]["url"])).content == b"the file"
+        cancelled = await client.post(f"/v1/jobs/{jobs[0]['id']}/cancel")
+        assert (cancelled.status_code, cancelled.json()["status"]) == (200, "cancelled")
 
     run(StepEngine, act)
 

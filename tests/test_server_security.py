@@ -78,6 +78,32 @@ def test_the_key_may_come_from_the_environment_and_the_setting_goes_first(monkey
     assert ServerArgs().client_key() is None
 
 
+def test_a_page_of_another_web_site_draws_nothing_and_may_only_link_here():
+    def sent(engine: FakeEngine, method: str, address: str, site: str | None) -> httpx.Response:
+        headers = {} if site is None else {"Sec-Fetch-Site": site}
+        return fetch(
+            engine, method, address, headers=headers, files={"prompt": (None, "a cat")} if method == "POST" else None
+        )
+
+    engine = FakeEngine()
+    refused = sent(engine, "POST", "/v1/videos", "cross-site")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "cross_site_request")
+    assert sent(engine, "DELETE", "/v1/videos/a", "cross-site").status_code == 403
+    assert sent(engine, "GET", "/v1/models", "cross-site").status_code == 200
+    for site in (None, "same-origin", "same-site", "none"):
+        assert sent(engine, "POST", "/v1/videos", site).json()["error"]["code"] == "unsupported_model"
+    assert (
+        fetch(engine, "POST", ADDRESS, headers={"Sec-Fetch-Site": "cross-site"}, json={"prompt": "a"}).status_code
+        == 403
+    )
+    assert not engine.tickets
+
+
+def test_with_the_key_a_page_of_another_web_site_draws():
+    headers = {"Authorization": f"Bearer {KEY}", "Sec-Fetch-Site": "cross-site"}
+    assert fetch(locked(), "POST", ADDRESS, headers=headers, json={"prompt": "a cat"}).status_code == 200
+
+
 @pytest.mark.parametrize("blank", ["", "  "])
 def test_a_blank_key_does_not_leave_the_server_open(monkeypatch, blank):
     with pytest.raises(ConfigError, match="--api-key"):

@@ -154,6 +154,13 @@ def test_each_request_is_one_log_line_whatever_its_path(caplog):
     assert lines[0].startswith("GET /v1/a%0Ab -> 404 in ")
 
 
+def test_the_log_line_of_a_long_path_is_short(caplog):
+    with caplog.at_level(logging.INFO, logger="ditrelay"):
+        get("/v1/" + "é" * 5_000)
+    [line] = [record.getMessage() for record in caplog.records if record.name == "ditrelay.server.middleware"]
+    assert line.startswith("GET /v1/%C3%A9") and "... -> 404 in " in line and len(line) < 2000
+
+
 def test_the_server_starts_without_torch():
     heavy = "{'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     check = [sys.executable, "-c", f"import sys, ditrelay.server.app; sys.exit(bool({heavy}))"]

@@ -16,7 +16,9 @@ from openai.types import ImageGenPartialImageEvent
 from PIL import Image
 from server_fakes import FakeEngine, FakeTicket, post, running, settle
 
+from ditrelay.runtime.request import RequestState
 from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.tickets import Progress
 from ditrelay.server.app import create_app
 
 ADDRESS = "/v1/images/generations"
@@ -53,6 +55,23 @@ def test_progress_comes_first_and_the_picture_last():
     assert base64.b64decode(last["b64_json"]) == b"PNG of a cat with 5"
     assert (last["seed"], last["size"], last["output_format"], last["index"]) == (5, "64x128", "jpeg", 0)
     assert last["usage"]["total_tokens"] == 0
+
+
+def test_while_a_picture_is_decoded_all_its_steps_are_done():
+    class Decoded(FakeTicket):
+        async def events(self):
+            async for each in super().events():
+                if each.state.ended:
+                    yield Progress(self.request_id, RequestState.DECODING)
+                yield each
+
+    class DecodedEngine(FakeEngine):
+        async def submit(self, params):
+            self.tickets.append(Decoded("r", msgspec.structs.replace(params, seed=1)))
+            return self.tickets[-1]
+
+    decoding = [data for _, data in stream(DecodedEngine()) if data.get("state") == "decoding"]
+    assert [(data["step"], data["total_steps"]) for data in decoding] == [(2, 2)]
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])

@@ -172,9 +172,13 @@ def test_a_running_video_tells_its_stage_percent_and_time_left(use):
         running = await until(client, video["id"], step=2)
         assert (running["stage"], running["progress"], running["eta_seconds"]) == ("denoising", 47, 6.0)
         engine.tickets[0].step(RequestState.DECODING)
-        assert (await until(client, video["id"], stage="decoding"))["progress"] == 90
+        running = await until(client, video["id"], stage="decoding")
+        assert (running["progress"], running["step"]) == (90, 4)
         engine.tickets[0].finish()
-        assert (await until(client, video["id"], status="completed"))["stage"] is None
+        done = await until(client, video["id"], status="completed")
+        assert (done["stage"], done["step"]) == (None, done["num_inference_steps"])
+        job = (await client.get(f"/v1/jobs/{video['id']}")).json()
+        assert job["step"] == job["total_steps"] == done["num_inference_steps"]
 
     use(act)
 
@@ -184,6 +188,13 @@ def test_a_denoise_that_starts_over_measures_its_pace_anew():
     for state, step, at in (("denoising", 3, 5.0), ("queued", 0, 6.0), ("denoising", 1, 9.0), ("denoising", 2, 10.0)):
         live.observe(Progress("r", RequestState(state), step, 4, at))
     assert (live.step, live.seconds_left()) == (2, 2.0)
+
+
+def test_a_denoise_that_goes_on_at_a_checkpoint_measures_its_pace_from_there():
+    live = Live()
+    for step, at in ((11, 5.0), (12, 6.0), (13, 7.0)):
+        live.observe(Progress("r", RequestState.DENOISING, step, 20, at))
+    assert live.seconds_left() == 7.0
 
 
 def test_a_form_makes_a_video_as_json_does(use):

@@ -21,7 +21,7 @@ from ditrelay.errors import ConfigError, DitrelayError
 from ditrelay.runtime import logs
 from ditrelay.server import activity, edits, images, job_events, metrics, playground, problem, service, videos
 from ditrelay.server.context import Context
-from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit, CallersTrace
+from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit, CallersTrace, OwnPages
 
 if TYPE_CHECKING:
     from ditrelay.engine import AsyncEngine
@@ -78,7 +78,8 @@ def _middleware(context: Context) -> list[Middleware]:
         retry_after=lambda: context.engine.status().retry_after,
     )
     traced = [Middleware(CallersTrace)] if args.traces_url() else []
-    return [Middleware(AccessLog), *([Middleware(ApiKey, key=key)] if key else []), limit, *traced]
+    guard = Middleware(ApiKey, key=key) if key else Middleware(OwnPages)
+    return [Middleware(AccessLog), guard, limit, *traced]
 
 
 def _lifespan(

@@ -16,6 +16,7 @@ from ditrelay.server.job_schemas import JobInfo, Queued
 from ditrelay.server.job_store import Job, JobState
 from ditrelay.server.jobs import Jobs, content_path, failure
 from ditrelay.server.live import Live
+from ditrelay.server.problem import ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Board:
 
     async def cancel(self, job_id: str) -> None:
         """End a job; without effect where it has ended, or there is none."""
-        if job := self.images.get(job_id):
+        if job := self.images.live(job_id):
             job.ticket.cancel()
             await asyncio.wait((job.work,), timeout=_CANCEL_SECONDS)  # between two steps, so that is soon
         elif self.videos is not None:
@@ -85,7 +86,7 @@ class Board:
             await asyncio.sleep(_POSITION_SECONDS)
             try:
                 await self._tell_waiting()
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, ApiError) as error:
                 logger.error("--job-store: %s; places in the queue are not known", str(error).splitlines()[0])
 
     # ------------------------------------------------------------ inside
@@ -111,13 +112,14 @@ class Board:
     def _info(self, job: Job, place: int | None) -> JobInfo:
         running = job.state is JobState.IN_PROGRESS
         live = (self.videos.live.get(job.id) if self.videos and running else None) or Live()
+        steps = live.total_steps or job.params.get("num_inference_steps") or 0
         return JobInfo(
             id=job.id,
             kind="video",
             status=job.state.value,
             stage="queued" if job.state is JobState.QUEUED else str(live.stage) if running else None,
-            step=live.step,
-            total_steps=live.total_steps or job.params.get("num_inference_steps") or 0,
+            step=steps if job.state is JobState.COMPLETED else live.step,
+            total_steps=steps,
             position=place,
             eta_seconds=live.seconds_left(),
             prompt=job.params["prompt"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from ditrelay.server.uploads import PictureReference, Upload
 FORM = "multipart/form-data"
 _MAX_FILES = 20
 _MAX_FIELDS = 50
+_NO_LIMIT = sys.maxsize  # of one field: that of the whole body is enough
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -100,7 +102,7 @@ def required(param: str) -> ApiError:
 async def _read_form(request: Request, files: Collection[str]) -> Body:
     body = Body({}, {}, is_form=True)
     try:
-        async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS) as form:
+        async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_NO_LIMIT) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     await _add_file(body, name.removesuffix("[]"), value, files)

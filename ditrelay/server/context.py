@@ -32,7 +32,7 @@ class Context:
     Attributes:
         engine: does the work.
         files: pictures to be fetched by address.
-        recent_files: those that were answered in another way, for whoever follows their jobs.
+        recent_files: those that their clients have got in the answer, for whoever follows their jobs.
         board: the jobs: all pictures, and the videos where the model makes them.
         closed: set at the end, for streams that have no end of their own.
         started: the engine's start is complete. Stays true while a lost worker is replaced: requests wait then.

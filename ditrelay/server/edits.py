@@ -32,7 +32,7 @@ _FILES = ("image", "mask")
 async def edit_image(request: Request, context: ContextDep) -> Response:
     """Draw pictures that start from a picture: the less strength, the more of it stays."""
     sent = await read_body(request, files=_FILES)
-    if sent.files.get("mask") or sent.fields.get("mask"):
+    if sent.files.get("mask") or sent.fields.get("mask") is not None:
         reason = "there are no masks here; leave it out (strength says how much of the whole picture is drawn anew)"
         raise ApiError(400, f"mask: {reason}", param="mask", code="unsupported_parameter")
     body = sent.checked(ImageEditRequest)

@@ -63,13 +63,14 @@ class ImageJob:
 
     def info(self, position: int | None) -> JobInfo:
         last, params = self.log.last, self.ticket.params
+        steps = self.live.total_steps or params.num_inference_steps or 0
         return JobInfo(
             id=self.id,
             kind="image",
             status=_status(last, self.live.stage),
             stage=None if self.log.ended else str(self.live.stage),
-            step=self.live.step,
-            total_steps=self.live.total_steps or params.num_inference_steps or 0,
+            step=steps if isinstance(last, Completed) else self.live.step,
+            total_steps=steps,
             position=position,
             eta_seconds=None if self.log.ended else self.live.seconds_left(),
             prompt=params.prompt,
@@ -77,6 +78,23 @@ class ImageJob:
             url=last.url if isinstance(last, Completed) else None,
             error=last.error if isinstance(last, Failed) else None,
         )
+
+
+@dataclass(frozen=True)
+class EndedImage:
+    """What is still known of a picture that has ended: not its request, nor its file, which are megabytes.
+
+    Attributes:
+        created: Unix time in seconds.
+    """
+
+    id: str
+    created: float
+    log: EventLog
+    told: JobInfo
+
+    def info(self, position: int | None) -> JobInfo:
+        return self.told
 
 
 def _status(last: JobEvent | None, stage: RequestState) -> JobStatus:
@@ -111,7 +129,7 @@ class ImageJobs:
         self._clock = clock
         self.names = JobNames()
         self._live: dict[str, ImageJob] = {}  # in the order of submission
-        self._ended: dict[str, ImageJob] = {}  # in the order in which they ended
+        self._ended: dict[str, EndedImage] = {}  # in the order in which they ended
 
     def follow(self, ticket: AsyncTicket, files: FileStore) -> ImageJob:
         """Make a job of a submitted picture, whose file is put into ``files``."""
@@ -122,14 +140,18 @@ class ImageJobs:
         job.work.add_done_callback(lambda work: self._end(job, work))
         return job
 
-    def get(self, job_id: str) -> ImageJob | None:
+    def live(self, job_id: str) -> ImageJob | None:
+        """The job with that id, where it has not ended."""
+        return self._live.get(job_id)
+
+    def get(self, job_id: str) -> ImageJob | EndedImage | None:
         self._drop_old()
         return self._live.get(job_id) or self._ended.get(job_id)
 
-    def newest(self, limit: int) -> list[ImageJob]:
+    def newest(self, limit: int) -> list[ImageJob | EndedImage]:
         self._drop_old()
-        jobs = sorted((*self._live.values(), *self._ended.values()), key=lambda job: job.created, reverse=True)
-        return jobs[:limit]
+        jobs: list[ImageJob | EndedImage] = [*self._live.values(), *self._ended.values()]
+        return sorted(jobs, key=lambda job: job.created, reverse=True)[:limit]
 
     def queue(self) -> list[ImageJob]:
         """Those that wait for an encoder, the next one first."""
@@ -158,7 +180,8 @@ class ImageJobs:
             job.log.add(Failed(error=error_of(error)))
             if not isinstance(error, DitrelayError):
                 logger.error("%s failed: %s", job.id, error, exc_info=error)
-        self._ended[job.id] = self._live.pop(job.id)
+        del self._live[job.id]
+        self._ended[job.id] = EndedImage(job.id, job.created, job.log, job.info(None))
         self._drop_old()
 
     def _drop_old(self) -> None:

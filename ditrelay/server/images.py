@@ -8,7 +8,7 @@ import io
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import msgspec
@@ -22,6 +22,7 @@ from ditrelay.server import detached
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.files import FileStore
 from ditrelay.server.image_jobs import ImageJob
+from ditrelay.server.live import Live
 from ditrelay.server.problem import RESPONSES, SERVER, ApiError, shutting_down
 from ditrelay.server.schemas import (
     EventFamily,
@@ -93,7 +94,7 @@ async def respond(body: PictureRequest, request: Request, context: Context) -> R
     if body.stream:
         return EventStream(lambda emit: _stream(context, body, emit))
     if detached.is_preferred(request):
-        return await detached.accept(context, _submitted(context, body, context.recent_files))
+        return await detached.accept(context, _submitted(context, body, context.files))
     as_url = body.response_format != "b64_json"
     with context.taken():
         drawn = await while_connected(request, _draw(context, body, context.files if as_url else context.recent_files))
@@ -166,15 +167,16 @@ class _Told:
     family: EventFamily
     emit: Emit
     previews: int = 0
+    live: Live = field(default_factory=Live)
 
     async def follow(self, context: Context) -> None:
         async for each in self.job.ticket.events():
             if each.preview is not None:
                 await self._preview(each.step, each.preview)
             elif not each.state.ended:
-                await self._tell(
-                    ImageProgress, "progress", state=each.state, step=each.step, total_steps=each.total_steps
-                )
+                self.live.observe(each)
+                step, total = self.live.step, each.total_steps or self.live.total_steps
+                await self._tell(ImageProgress, "progress", state=each.state, step=step, total_steps=total)
         try:
             await self._completed(await self.job.result())
         except RequestCancelled:

@@ -26,7 +26,7 @@ class JobInfo(BaseModel):
     eta_seconds: float | None = Field(description="Seconds that the denoise still takes, once its pace is known.")
     prompt: str
     created_at: int = Field(description="Unix time in seconds.")
-    url: str | None = Field(description="Where the file is, once it is completed and while it is kept.")
+    url: str | None = Field(description="Where the file is, for as long as it is kept, once it is completed.")
     error: Error | None = Field(description="Why it failed.")
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import enum
+import fcntl
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.dialects.mysql import LONGBLOB
 
 from ditrelay.errors import ConfigError
 
@@ -38,7 +43,7 @@ class Job:
     Attributes:
         id: public name, of our own making.
         model: the name of the model that it is for.
-        params: the parameters as they were resolved, JSON.
+        params: the parameters as they were resolved, JSON; the picture to start from is kept beside the row.
         fingerprint: tells two requests with one ``idempotency_key`` apart.
         created, started, completed: Unix time in seconds; ``completed`` is when it ended, however it ended.
         error: why it failed.
@@ -62,9 +67,10 @@ class Job:
     seq: int = 0
 
 
+_TABLES = sa.MetaData()
 _JOBS = sa.Table(
     "ditrelay_jobs",
-    sa.MetaData(),
+    _TABLES,
     sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("id", sa.String(64), unique=True, nullable=False),
     sa.Column("model", sa.Text, nullable=False),
@@ -81,7 +87,15 @@ _JOBS = sa.Table(
     sa.Index("ditrelay_jobs_queue", "state", "model", "seq"),
     sqlite_autoincrement=True,  # a number is not given again after a deletion: pages stay in order
 )
+# Apart from the rows, which are read at every poll: only whoever starts a job reads its picture.
+_PICTURES = sa.Table(
+    "ditrelay_pictures",
+    _TABLES,
+    sa.Column("job", sa.String(64), primary_key=True),
+    sa.Column("content", sa.LargeBinary().with_variant(LONGBLOB(), "mysql", "mariadb"), nullable=False),
+)
 _CLAIM = 0x64697472  # the number of our advisory lock in a database; "ditr"
+_IN_USE = "the database is in use by another server; give each its own"
 _NAMES = tuple(field.name for field in fields(Job))
 _ROWS = sa.select(*(_JOBS.c[name] for name in _NAMES))
 
@@ -97,37 +111,43 @@ class JobStore:
         claim_seconds: how long another server may take to leave the database.
 
     Raises:
-        ConfigError: the database cannot be opened, or (PostgreSQL) another server uses it.
+        ConfigError: the database cannot be opened, or (SQLite, PostgreSQL) another server uses it.
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.time, claim_seconds: float = 10.0) -> None:
         self._clock = clock
-        self._claim: sa.Connection | None = None
         try:
             # A connection that the database has closed in the meantime is made anew.
             self._engine = sa.create_engine(
                 _with_driver(url), pool_pre_ping=True, json_deserializer=msgspec.json.decode
             )
-            if self._engine.dialect.name == "sqlite":
-                sa.event.listen(self._engine, "connect", _on_connect)
-            elif self._engine.dialect.name == "postgresql":
-                self._claim = _claimed(self._engine, claim_seconds)
-            _JOBS.metadata.create_all(self._engine)
+            with ExitStack() as held:
+                held.callback(self._engine.dispose)
+                if self._engine.dialect.name == "sqlite":
+                    sa.event.listen(self._engine, "connect", _on_connect)
+                    held.callback(os.close, _locked(self._engine))
+                elif self._engine.dialect.name == "postgresql":
+                    held.callback(_claimed(self._engine, claim_seconds).close)
+                _TABLES.create_all(self._engine)
+                self._held = held.pop_all()
         except ModuleNotFoundError as error:
             hint = "; pip install 'ditrelay[postgres]'" if error.name in ("psycopg", "psycopg2") else ""
             raise ConfigError("--job-store", f"its driver, {error.name}, is not installed{hint}") from error
-        except (sa.exc.SQLAlchemyError, ImportError) as error:
+        except BlockingIOError:
+            raise ConfigError("--job-store", _IN_USE) from None
+        except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
             # Without the URL, which may hold a password.
             reason = str(error).splitlines()[0]
             raise ConfigError("--job-store", f"{reason}; allowed: an SQLAlchemy URL that can be opened") from error
 
     def close(self) -> None:
-        if self._claim is not None:
-            self._claim.close()
-        self._engine.dispose()
+        self._held.close()
 
-    def add(self, job: Job, *, limit: int) -> Job | None:
+    def add(self, job: Job, *, limit: int, picture: bytes | None = None) -> Job | None:
         """Keep a new job; ``None`` where ``limit`` jobs are queued already.
+
+        Args:
+            picture: what the job starts from; kept until the job ends.
 
         Returns:
             The job as it is kept, or the older one that has its idempotency key.
@@ -141,6 +161,8 @@ class JobStore:
                 if connection.execute(waiting).scalar_one() >= limit:
                     return None
                 connection.execute(_JOBS.insert().values(values))
+                if picture is not None:
+                    connection.execute(_PICTURES.insert().values(job=job.id, content=picture))
                 return _one(connection, _JOBS.c.id == job.id)
         except sa.exc.IntegrityError:  # another thread was faster with the same key
             with self._engine.connect() as connection:
@@ -157,8 +179,16 @@ class JobStore:
             return self._by_key(connection, key)
 
     def get(self, job_id: str) -> Job | None:
+        if not job_id.isprintable():  # a client's text; PostgreSQL would refuse a NUL in it
+            return None
         with self._engine.connect() as connection:
             return _one(connection, _JOBS.c.id == job_id)
+
+    def picture(self, job_id: str) -> bytes | None:
+        """What the job starts from, until it has ended."""
+        query = sa.select(_PICTURES.c.content).where(_PICTURES.c.job == job_id)
+        with self._engine.connect() as connection:
+            return connection.execute(query).scalar_one_or_none()
 
     def page(self, *, limit: int, after: Job | None = None, oldest_first: bool = False) -> list[Job]:
         """Up to ``limit`` jobs by submission, those behind ``after``."""
@@ -199,21 +229,22 @@ class JobStore:
 
     def complete(self, job_id: str, file_name: str, nbytes: int) -> bool:
         """Whether this call ended the job; false where it was cancelled or deleted before."""
-        ended = {"state": JobState.COMPLETED, "completed": self._clock(), "file_name": file_name, "nbytes": nbytes}
-        return self._move(job_id, (JobState.IN_PROGRESS,), **ended)
+        output = {"file_name": file_name, "nbytes": nbytes}
+        return self._end(job_id, (JobState.IN_PROGRESS,), state=JobState.COMPLETED, **output)
 
     def fail(self, job_id: str, error: str) -> bool:
         """As ``complete``."""
         text = error.replace("\0", "")  # PostgreSQL keeps no text with it
-        return self._move(job_id, _OPEN, state=JobState.FAILED, completed=self._clock(), error=text)
+        return self._end(job_id, _OPEN, state=JobState.FAILED, error=text)
 
     def cancel(self, job_id: str) -> bool:
         """As ``complete``."""
-        return self._move(job_id, _OPEN, state=JobState.CANCELLED, completed=self._clock())
+        return self._end(job_id, _OPEN, state=JobState.CANCELLED)
 
     def delete(self, job_id: str) -> bool:
         """Whether there was such a job."""
         with self._engine.begin() as connection:
+            _drop_picture(connection, job_id)
             return connection.execute(_JOBS.delete().where(_JOBS.c.id == job_id)).rowcount == 1
 
     def expired(self, *, lifetime: float, max_bytes: int) -> list[str]:
@@ -233,13 +264,28 @@ class JobStore:
         return due
 
     def _move(self, job_id: str, states: Sequence[JobState], **values: object) -> bool:
-        move = _JOBS.update().where(_JOBS.c.id == job_id, _JOBS.c.state.in_(states)).values(values)
         with self._engine.begin() as connection:
-            return connection.execute(move).rowcount == 1
+            return _moved(connection, job_id, states, values)
+
+    def _end(self, job_id: str, states: Sequence[JobState], **values: object) -> bool:
+        with self._engine.begin() as connection:
+            ended = _moved(connection, job_id, states, values | {"completed": self._clock()})
+            if ended:
+                _drop_picture(connection, job_id)
+            return ended
 
     def _all(self, query: sa.Select[Any]) -> list[Job]:
         with self._engine.connect() as connection:
             return [_job(row) for row in connection.execute(query)]
+
+
+def _moved(connection: sa.Connection, job_id: str, states: Sequence[JobState], values: Mapping[str, object]) -> bool:
+    move = _JOBS.update().where(_JOBS.c.id == job_id, _JOBS.c.state.in_(states)).values(values)
+    return connection.execute(move).rowcount == 1
+
+
+def _drop_picture(connection: sa.Connection, job_id: str) -> None:
+    connection.execute(_PICTURES.delete().where(_PICTURES.c.job == job_id))
 
 
 def _one(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Job | None:
@@ -262,18 +308,45 @@ def _with_driver(url: str) -> str:
 def _claimed(engine: sa.Engine, seconds: float) -> sa.Connection:
     """A connection that holds the database for one server: a second one would take its jobs in progress for lost.
 
-    PostgreSQL takes the lock back when the connection ends, also by ``kill -9``. An SQLite file is held by whoever has
-    locked its folder.
+    PostgreSQL takes the lock back when the connection ends, also by ``kill -9``.
     """
     connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
     until = time.monotonic() + seconds
     while not connection.execute(sa.select(sa.func.pg_try_advisory_lock(_CLAIM))).scalar_one():
         if time.monotonic() >= until:
             connection.close()
-            engine.dispose()
-            raise ConfigError("--job-store", "the database is in use by another server; give each its own")
+            raise ConfigError("--job-store", _IN_USE)
         time.sleep(0.1)
     return connection
+
+
+def _locked(engine: sa.Engine) -> int:
+    """The same for the file of an SQLite database: a lock in a file of its own, for as long as its descriptor is open.
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
+    with engine.connect() as connection:  # a URL has many ways to name one file
+        path = connection.exec_driver_sql("PRAGMA database_list").one().file
+    if not path:
+        raise ConfigError("--job-store", "a database in memory forgets its jobs; allowed: sqlite:///FILE")
+    return lock_file(Path(f"{path}.lock"))
+
+
+def lock_file(path: Path) -> int:
+    """A descriptor that holds ``path`` against other processes until it is closed, also by the end of this one.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: the file cannot be made.
+    """
+    lock = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _on_connect(connection: Any, record: object) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import secrets
 import time
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,9 +23,10 @@ from ditrelay.runtime.telemetry import Carrier, called_by, caller
 from ditrelay.server.events import EventLog, EventLogs
 from ditrelay.server.image_jobs import completed, event_of
 from ditrelay.server.job_schemas import Cancelled, Completed, Failed, Queued
-from ditrelay.server.job_store import Job, JobState, JobStore
+from ditrelay.server.job_store import Job, JobState, JobStore, lock_file
 from ditrelay.server.live import JobNames, Live
-from ditrelay.server.problem import SERVER
+from ditrelay.server.one_thread import OneThread
+from ditrelay.server.problem import SERVER, store_down
 from ditrelay.server.schemas import Error
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ _SUFFIX = ".mp4"
 _PART = ".part"  # an output that is still written
 _SWEEP_SECONDS = 60.0
 _RETRY_SECONDS = 5.0
+_CALL_SECONDS = 30.0  # longer than a database that is busy takes, and a large file on a slow disk
+_CLOSE_SECONDS = 10.0
 
 
 @dataclass
@@ -56,15 +57,15 @@ class Jobs:
     engine: AsyncEngine
     store: JobStore
     folder: Path
+    _lock: int
     live: dict[str, Live] = field(default_factory=dict)
     names: JobNames = field(default_factory=JobNames)
     logs: EventLogs = field(default_factory=EventLogs)
     _callers: dict[str, Carrier] = field(default_factory=dict)  # of queued jobs; a restart forgets them
-    _lock: int = -1
     _closed: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ditrelay-jobs"))
+    _thread: OneThread = field(default_factory=lambda: OneThread("ditrelay-jobs"))
 
     @classmethod
     async def open(cls, engine: AsyncEngine) -> Jobs:
@@ -81,7 +82,7 @@ class Jobs:
         lock = _lock_folder(folder)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, lock)
-            jobs = cls(engine, JobStore(args.job_store or _sqlite_url(folder)), folder, _lock=lock)
+            jobs = cls(engine, JobStore(args.job_store or _sqlite_url(folder)), folder, lock)
             _recover(jobs.store, folder)
             undo.pop_all()
         return jobs
@@ -93,15 +94,18 @@ class Jobs:
 
         Raises:
             EngineClosed: the server ends.
+            ApiError: 503; it is not done within ``_CALL_SECONDS``, and may yet be.
         """
-        if self._closed:
-            raise EngineClosed("the server is shutting down")
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: what(*values, **named))
+        try:
+            async with asyncio.timeout(_CALL_SECONDS):
+                return await self._do(what, *values, **named)
+        except TimeoutError:
+            logger.error("--job-store: no answer within %g s", _CALL_SECONDS)
+            raise store_down() from None
 
     async def add(self, params: SamplingParams, *, key: str | None, fingerprint: str) -> Job | None:
         """Queue a job of resolved parameters. Returns what ``JobStore.add`` does."""
-        document = msgspec.to_builtins(params)  # the picture as base64
+        document = msgspec.to_builtins(msgspec.structs.replace(params, image=None))
         job = Job(
             id=f"video_{secrets.token_hex(16)}",
             model=self.engine.args.model_name,
@@ -110,7 +114,7 @@ class Jobs:
             idempotency_key=key,
             fingerprint=fingerprint,
         )
-        kept = await self.call(self.store.add, job, limit=self.engine.args.max_jobs)
+        kept = await self.call(self.store.add, job, limit=self.engine.args.max_jobs, picture=params.image)
         if kept is not None and kept.id == job.id and (trace := caller()):
             self._callers[job.id] = trace
         self._news.set()
@@ -169,8 +173,9 @@ class Jobs:
             live.ticket.cancel()
 
     def _remove(self, job_id: str) -> None:
-        self.store.delete(job_id)
+        # In this order: a file without a row would stay for good.
         (self.folder / (job_id + _SUFFIX)).unlink(missing_ok=True)
+        self.store.delete(job_id)
 
     # ------------------------------------------------------------ life
 
@@ -181,15 +186,26 @@ class Jobs:
 
     async def close(self) -> None:
         """Stop; the jobs that run stay in progress in the store, and the next server queues them again."""
+        if self._closed:
+            return
         self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._thread.shutdown)
-        self.store.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._thread.call(self.store.close)
+        except TimeoutError:
+            logger.error("--job-store: no answer within %g s; ending without it", _CLOSE_SECONDS)
+            return
+        self._thread.stop()
+        os.close(self._lock)
+
+    async def _do(self, what: Callable[..., T], *values: Any, **named: Any) -> T:
+        """As ``call``, for as long as it takes: whoever changes a job's state must know whether it was changed."""
+        if self._closed:
+            raise EngineClosed("the server is shutting down")
+        return await self._thread.call(lambda: what(*values, **named))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -222,8 +238,8 @@ class Jobs:
         room = args.num_gpus * (args.max_pending_transfers + 2) - len(self.live)
         self._news.clear()
         if room > 0 and not self.engine.status().lost_roles:
-            for job in await self.call(self.store.queued, args.model_name, room):
-                if await self.call(self.store.start, job.id):
+            for job in await self._do(self.store.queued, args.model_name, room):
+                if await self._do(self.store.start, job.id):
                     self.live[job.id] = Live()
                     self._spawn(self._run(job))
         with contextlib.suppress(TimeoutError):  # another look now and then: ranks come back without a word
@@ -246,19 +262,19 @@ class Jobs:
     async def _fail(self, job: Job, reason: str) -> None:
         """It has no effect where the job was cancelled."""
         if not self._closed:  # what the end of the server cut short is not over
-            if await self._insist(lambda: self.call(self.store.fail, job.id, reason)):
+            if await self._insist(lambda: self._do(self.store.fail, job.id, reason)):
                 self.logs.open(job.id).add(Failed(error=failure(replace(job, error=reason))))
 
     async def _finish(self, job: Job, result: Result) -> None:
         path = self.folder / (job.id + _SUFFIX)
-        await self.call(_write, self.folder / (job.id + _PART), path, result.media)
-        if await self._insist(lambda: self.call(self.store.complete, job.id, path.name, len(result.media))):
+        await self._do(_write, self.folder / (job.id + _PART), path, result.media)
+        if await self._insist(lambda: self._do(self.store.complete, job.id, path.name, len(result.media))):
             self.logs.open(job.id).add(completed(content_path(job), result))
         else:
-            await self.call(path.unlink, missing_ok=True)  # cancelled or deleted in the meantime
+            await self._do(path.unlink, missing_ok=True)  # cancelled or deleted in the meantime
 
     async def _draw(self, job: Job, live: Live) -> Result:
-        params, trace = msgspec.convert(job.params, SamplingParams), self._callers.pop(job.id, None)
+        params, trace = await self._params(job), self._callers.pop(job.id, None)
         while live.ticket is None:
             try:
                 with called_by(trace):
@@ -266,7 +282,7 @@ class Jobs:
             except QueueFull:
                 await asyncio.sleep(_RETRY_SECONDS)
         self.names.note(live.ticket.request_id, job.id)
-        now = await self._insist(lambda: self.call(self.store.get, job.id))
+        now = await self._insist(lambda: self._do(self.store.get, job.id))
         if now is None or now.state.ended:  # cancelled before there was a ticket to cancel
             live.ticket.cancel()
         async for progress in live.ticket.events():
@@ -275,6 +291,11 @@ class Jobs:
             if (event := event_of(progress, live, None)) and not isinstance(event, Queued):
                 self.logs.open(job.id).add(event)
         return await live.ticket.result()
+
+    async def _params(self, job: Job) -> SamplingParams:
+        params = msgspec.convert(job.params, SamplingParams)
+        picture = await self._insist(lambda: self._do(self.store.picture, job.id))
+        return params if picture is None else msgspec.structs.replace(params, image=picture)
 
     # ------------------------------------------------------------ retention
 
@@ -285,9 +306,12 @@ class Jobs:
     async def sweep(self) -> None:
         """Remove what ``--job-retention`` and ``--max-output-bytes`` no longer keep."""
         args = self.engine.args
-        due = await self.call(self.store.expired, lifetime=args.job_retention, max_bytes=args.max_output_bytes)
+        due = await self._do(self.store.expired, lifetime=args.job_retention, max_bytes=args.max_output_bytes)
         for job_id in due:
-            await self.call(self._remove, job_id)
+            try:
+                await self._do(self._remove, job_id)
+            except OSError as error:  # of one file; the others go all the same
+                logger.error("--output-dir: %s cannot be removed: %s", job_id, error.strerror)
 
 
 def content_path(job: Job) -> str:
@@ -334,15 +358,11 @@ def _lock_folder(folder: Path) -> int:
     """A lock that lasts as long as its descriptor is open. Raises ``ConfigError`` where another process has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        return lock_file(folder / ".lock")
+    except BlockingIOError:
+        raise ConfigError("--output-dir", f"{folder} is in use by another server; give each its own") from None
     except OSError as error:
         raise ConfigError("--output-dir", f"{folder} cannot be written to: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConfigError("--output-dir", f"{folder} is in use by another server; give each its own") from None
-    return lock
 
 
 def _sqlite_url(folder: Path) -> str:
@@ -351,8 +371,12 @@ def _sqlite_url(folder: Path) -> str:
 
 def _write(part: Path, path: Path, content: bytes) -> None:
     """Under its own name there is the whole file or none, also after a power cut."""
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # on a full disk it would keep the space that the next one needs
+        raise

@@ -43,14 +43,15 @@ class Live:
     Attributes:
         stage: what is done for it now.
         step, total_steps: of the denoise.
-        first_step: when the denoise had done its first step, monotonic seconds; later steps measure its pace.
+        first: the first step that was told, and when (monotonic seconds): later steps measure the pace from there on.
+            It is not always step 1: a denoise may go on at a checkpoint.
     """
 
     ticket: AsyncTicket | None = None
     stage: RequestState = RequestState.QUEUED
     step: int = 0
     total_steps: int = 0
-    first_step: float | None = None
+    first: tuple[int, float] | None = None
     last_step: float = 0.0
 
     def observe(self, progress: Progress) -> None:
@@ -58,10 +59,11 @@ class Live:
             return
         self.stage = progress.state
         if progress.state is not RequestState.DENOISING:
-            self.step, self.first_step = 0, None  # done, or to be done again
+            self.step = self.total_steps if progress.state in _AFTER_DENOISE else 0  # done, or to be done (again)
+            self.first = None
         elif progress.step:
             self.step, self.total_steps, self.last_step = progress.step, progress.total_steps, progress.at
-            self.first_step = self.last_step if self.first_step is None else self.first_step
+            self.first = self.first or (self.step, self.last_step)
 
     @property
     def percent(self) -> int:
@@ -73,6 +75,7 @@ class Live:
 
     def seconds_left(self) -> float | None:
         """Of the denoise, by the pace of its steps; ``None`` before that is known."""
-        if self.first_step is None or self.step < 2:
+        if self.first is None or self.step <= self.first[0]:
             return None
-        return (self.last_step - self.first_step) / (self.step - 1) * (self.total_steps - self.step)
+        step, at = self.first
+        return (self.last_step - at) / (self.step - step) * (self.total_steps - self.step)

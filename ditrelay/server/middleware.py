@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditrelay.runtime.telemetry import CARRIER_HEADERS, called_by
 from ditrelay.server import playground
-from ditrelay.server.problem import unauthorized
+from ditrelay.server.problem import cross_site, shorten, unauthorized
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,11 @@ _OPEN_FILE = re.compile("/v1/images/[^/]+/content")
 
 # Whose bodies may hold a picture.
 _UPLOADS = frozenset({"/v1/images/edits", "/v1/videos"})
+
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+
+# Of a path, in the log: whoever has no key can ask for paths of 64 KiB, too.
+_LOGGED_CHARACTERS = 200
 
 # Read and thrown away, at most, of a body that is too large.
 _DRAINED_BYTES = 64 << 20
@@ -57,7 +62,8 @@ class AccessLog:
             level = logging.DEBUG if _is_noise(scope["path"]) else logging.INFO
             seconds = time.monotonic() - began
             # Quoted: a path may hold a newline, and a log line must stay one line.
-            logger.log(level, "%s %s -> %d in %.2f s", scope["method"], quote(scope["path"]), status, seconds)
+            path = quote(shorten(scope["path"], _LOGGED_CHARACTERS))
+            logger.log(level, "%s %s -> %d in %.2f s", scope["method"], path, status, seconds)
 
 
 def _is_noise(path: str) -> bool:
@@ -86,6 +92,27 @@ class ApiKey:
 def _is_open(scope: Scope) -> bool:
     path: str = scope["path"]
     return path == _OPEN_PATH or _OPEN_FILE.fullmatch(path) is not None or playground.is_open(scope)
+
+
+class OwnPages:
+    """Answers 403 to what a page of another web site sends, other than reading: for servers without a key.
+
+    Browsers let any page send forms to a server on its visitor's machine, and say so in ``Sec-Fetch-Site``, which no
+    page can change. Other clients have no such header.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] in _READING or not _is_cross_site(scope):
+            await self._app(scope, receive, send)
+        else:
+            await cross_site().response()(scope, receive, send)
+
+
+def _is_cross_site(scope: Scope) -> bool:
+    return Headers(scope=scope).get("sec-fetch-site") == "cross-site"
 
 
 class CallersTrace:

@@ -41,8 +41,8 @@ class ModelLimits(BaseModel):
     default_guidance_scale: float
     negative_prompt: bool = Field(description="Takes negative_prompt.")
     needs_image: bool = Field(description="Starts from a picture, always.")
-    edits: bool = Field(description="May start from a picture, by strength.")
-    default_strength: float = Field(description="Of a request that may start from a picture, and does; 0 where not.")
+    edits: bool = Field(description="May start from a picture.")
+    default_strength: float = Field(description="Of a request that starts from a picture; 0: the model takes none.")
     previews: bool = Field(description="Can show what a picture looks like while it is drawn.")
 
 

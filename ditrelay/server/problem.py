@@ -76,10 +76,24 @@ def role_lost(role: str, reason: str) -> ApiError:
     return ApiError(503, message, type=SERVER, code="role_down", headers={"Retry-After": "60"})
 
 
+def store_down() -> ApiError:
+    """503: the database of jobs does not answer."""
+    message = "the server's database of jobs does not answer; try again in a few seconds"
+    return ApiError(503, message, type=SERVER, code="job_store_down", headers={"Retry-After": "5"})
+
+
 def unauthorized() -> ApiError:
     """401: the key is missing or wrong. Does not say which."""
     message = "a valid API key is needed: send it as 'Authorization: Bearer KEY'"
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
+
+
+def cross_site() -> ApiError:
+    """403: a page of another web site sent it, and there is no key that would tell whether its owner may."""
+    message = (
+        "pages of other web sites may not use this server; a server with --api-key lets those in that have the key"
+    )
+    return ApiError(403, message, code="cross_site_request", headers={"Connection": "close"})
 
 
 def model_not_found(name: str, served: str) -> ApiError:
@@ -145,8 +159,7 @@ def _closing(request: Request, error: EngineClosed | RequestCancelled) -> ApiErr
 
 def _store_down(request: Request, error: OperationalError) -> ApiError:
     logger.error("--job-store: %s", str(error.orig).splitlines()[0])  # without the statement, which holds prompts
-    message = "the server's database of jobs does not answer; try again in a few seconds"
-    return ApiError(503, message, type=SERVER, code="job_store_down", headers={"Retry-After": "5"})
+    return store_down()
 
 
 def _unexpected(request: Request, error: Exception) -> ApiError:

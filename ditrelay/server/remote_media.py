@@ -143,7 +143,7 @@ class RemoteMedia:
             elif isinstance(event, h11.Response):
                 head = event
                 if location := _redirect(head):
-                    return urljoin(address, location)
+                    return _joined(address, location)
                 self._check_head(head)
             elif isinstance(event, h11.Data):
                 content += event.data
@@ -185,6 +185,13 @@ def is_public(number: str) -> bool:
         if within:
             return is_public(str(within))
     return address.is_global and not address.is_multicast
+
+
+def _joined(address: str, location: str) -> str:
+    try:
+        return urljoin(address, location)
+    except ValueError as error:
+        raise InvalidRequest("image", f"its address leads to none: {error}") from error
 
 
 def _redirect(head: h11.Response) -> str | None:

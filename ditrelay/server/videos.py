@@ -195,13 +195,14 @@ def _video(job: Job, jobs: Jobs) -> Video:
     params, running = msgspec.convert(job.params, SamplingParams), job.state is JobState.IN_PROGRESS
     live = jobs.live.get(job.id) or Live()
     frames, fps = params.num_frames or 1, jobs.engine.card.fps
+    steps = params.num_inference_steps or 0
     return Video(
         id=job.id,
         model=job.model,
         status=job.state.value,
         progress=100 if job.state is JobState.COMPLETED else live.percent if running else 0,
         stage=str(live.stage) if running else None,
-        step=live.step if running else 0,
+        step=steps if job.state is JobState.COMPLETED else live.step if running else 0,
         eta_seconds=live.seconds_left() if running else None,
         created_at=int(job.created),
         started_at=None if job.started is None else int(job.started),
@@ -211,7 +212,7 @@ def _video(job: Job, jobs: Jobs) -> Video:
         seconds=f"{frames / fps:.4g}",
         size=f"{params.width}x{params.height}",
         num_frames=frames,
-        num_inference_steps=params.num_inference_steps or 0,
+        num_inference_steps=steps,
         seed=params.seed or 0,
         error=None if job.error is None else VideoError(code="request_failed", message=job.error),
     )

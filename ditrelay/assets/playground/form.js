@@ -41,7 +41,7 @@ export class Form {
       list.items.add(file);
       $("image").files = list.files;
     }
-    $("strength").closest(".field").hidden = !file || !this.limits.edits;
+    $("strength").closest(".field").hidden = !file || !this.limits.default_strength; // 0: it has none
   }
 
   /** Say what the server says of a field. */
@@ -173,11 +173,12 @@ export class Form {
     const negative = $("negative_prompt").value.trim();
     if (negative && this.limits.negative_prompt) body.negative_prompt = negative;
     if (this.isVideo && $("seconds").value) body.seconds = Number($("seconds").value);
+    if ($("strength").value && !$("strength").closest("[hidden]")) body.strength = Number($("strength").value);
     return {
       kind: this.isVideo ? "video" : "image", prompt, width, height, body,
       count: Number($("count").value) || 1,
       seed: $("seed").value === "" ? null : Number($("seed").value),
-      image: this.image, strength: Number($("strength").value),
+      image: this.image,
     };
   }
 }

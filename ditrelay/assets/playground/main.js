@@ -32,7 +32,7 @@ let lanes, works, form;
 function addCard(work) {
   const card = new Card(work, {
     onCancel: (each) => works.cancel(each),
-    onAgain: (each) => form.onOrder({ ...form.order(each.prompt), count: 1, seed: null }),
+    onAgain: ({ prompt, order }) => form.onOrder({ ...form.order(prompt), ...order, count: 1, seed: null }),
     onSeed: (each) => form.fill(each),
     onStart: startFrom,
     onOpen: openViewer,
@@ -187,10 +187,12 @@ async function isReady() {
 function askForKey(wrong) {
   $("key-error").textContent = wrong ? "The server does not take this key." : "";
   $("key").value = "";
-  $("key-dialog").showModal();
+  const dialog = $("key-dialog");
+  dialog.returnValue = "";
+  dialog.showModal();
   return new Promise((resolve) => {
-    $("key-dialog").oncancel = (event) => event.preventDefault();
-    $("key-form").onsubmit = () => resolve($("key").value);
+    // Escape closes it, the second time whatever the page says to it; without a key there is no page.
+    dialog.onclose = () => (dialog.returnValue ? resolve($("key").value) : dialog.showModal());
   });
 }
 

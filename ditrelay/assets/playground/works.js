@@ -21,7 +21,7 @@ export class Work {
   constructor(order, index, on) {
     Object.assign(this, {
       number: nextNumber(), kind: order.kind, prompt: order.prompt, width: order.width, height: order.height,
-      seed: order.seed === null ? null : order.seed + index,
+      seed: order.seed === null ? null : order.seed + index, order,
       state: "waiting", note: "", step: 0, total: 0, position: null, eta: null,
       jobId: null, preview: null, file: null, timings: null, seconds: null, began: performance.now(),
     });
@@ -47,9 +47,10 @@ export class Work {
     this.#wait(-this.#expected);
   }
 
+  /** News: a note lasts until the next. */
   set(changes) {
     if (this.ended) return;
-    Object.assign(this, changes);
+    Object.assign(this, { note: "" }, changes);
     if (this.ended) {
       this.#wait(-this.#expected);
       this.seconds = this.began === null ? null : (performance.now() - this.began) / 1000;
@@ -90,7 +91,7 @@ export class Works {
     return this.all.filter((work) => !work.ended);
   }
 
-  /** `order`: `{kind, prompt, count, seed, width, height, body, image, strength}`. */
+  /** `order`: `{kind, prompt, count, seed, width, height, body, image}`. */
   draw(order) {
     const add = (_, index) => this.#add(new Work(order, index, this.hooks.onChange));
     const works = Array.from({ length: order.count }, add);
@@ -111,7 +112,7 @@ export class Works {
     if (order.seed !== null) body.seed = order.seed + first;
     if (this.model.limits.previews) body.partial_images = PREVIEWS;
     if (!order.image) return { path: "/v1/images/generations", body };
-    return { path: "/v1/images/edits", body: formOf({ ...body, strength: order.strength, image: order.image }) };
+    return { path: "/v1/images/edits", body: formOf({ ...body, image: order.image }) };
   }
 
   /** What was asked for before: all clips that the server has; the tab's pictures, as long as they are known. */
@@ -127,7 +128,7 @@ export class Works {
   }
 
   async #oldClips(limit) {
-    const { data } = await getJson(`/v1/videos?limit=${limit}`);
+    const { data } = await this.#insist([], () => getJson(`/v1/videos?limit=${limit}`));
     return data.map((video) => {
       const [width, height] = video.size.split("x").map(Number);
       return { kind: "video", id: video.id, prompt: video.prompt, seed: video.seed, width, height };
@@ -148,7 +149,7 @@ export class Works {
       if (error.status !== 404 && error.status !== 400) return work.set({ note: error.message });
       return; // it has ended, and its events tell how
     }
-    work.set({ state: "cancelled", note: "" });
+    work.set({ state: "cancelled" });
     this.#stops.get(work)?.abort();
   }
 
@@ -195,7 +196,7 @@ export class Works {
         return await ask();
       } catch (error) {
         if (!(error instanceof Problem && error.retryAfter)) throw error;
-        if (works.every((work) => work.ended)) throw error; // cancelled in the meantime
+        if (works.length && works.every((work) => work.ended)) throw error; // cancelled in the meantime
         for (const work of works) work.set({ note: error.message });
         await pause(Math.min(error.retryAfter, 15));
       }
@@ -207,7 +208,7 @@ export class Works {
     work.know(job.id);
     if (ended) return this.cancel(work); // before there was a job
     if (work.kind === "image") remember(job.id);
-    work.set({ state: "queued", note: "", seed: job.seed ?? work.seed });
+    work.set({ state: "queued", seed: job.seed ?? work.seed });
     this.#queue(() => this.#follow(work));
   }
 
@@ -246,10 +247,22 @@ export class Works {
 
   async #finish(work, data) {
     // Fetched, because the page's own requests carry the key and those of its elements don't.
-    const blob = await (await send(new URL(data.url, location).pathname)).blob();
+    const blob = await this.#file(new URL(data.url, location).pathname);
     const name = fileName(work.prompt, data.seed, data.media_type.split("/")[1]);
     const file = { url: URL.createObjectURL(blob), name, type: data.media_type, blob };
     work.set({ state: "done", file, seed: data.seed, timings: data.timings, width: data.width, height: data.height });
+  }
+
+  /** Asked for until the server answers: what is drawn must not be lost with a connection. */
+  async #file(path) {
+    for (;;) {
+      try {
+        return await (await send(path)).blob();
+      } catch (error) {
+        if (error.status) throw error;
+        await pause(POLL_SECONDS);
+      }
+    }
   }
 
   // ------------------------------------------------------------ places in the queue, and jobs without a stream
