@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None, *, make_engine: EngineFactory | None
         make_engine: makes the engine of ``generate``; for tests.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a prompt may have letters that its encoding lacks
     try:
         return app(args=words, standalone_mode=False, prog_name="ditrelay", obj=make_engine) or 0
     except typer.TyperException as error:

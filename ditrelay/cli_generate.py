@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import re
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from ditrelay.cli_report import print_report
 from ditrelay.cli_run import Job, Outcome, Run
 from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest, QueueFull, RequestFailed
 from ditrelay.runtime import logs
-from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.request import SamplingParams, spread
 from ditrelay.runtime.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ def generate(settings: ServerArgs, order: Order, make_engine: EngineFactory = de
     params = _expand(order)
     engine = make_engine(settings)
     resolved = _resolve(engine.card, params)
-    jobs = [Job(i, *pair) for i, pair in enumerate(zip(resolved, _paths(engine.card, order, resolved), strict=True))]
+    jobs = _jobs(engine.card, order, resolved)
     console = Console(stderr=True)
     display = LiveDisplay(console) if console.is_terminal else PlainDisplay(sys.stderr)
     runner = _Runner(engine, jobs, display)
@@ -100,7 +102,7 @@ def read_prompts(path: Path | None) -> list[str]:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("--prompt-file", f"cannot read {path}: {_reason(error)}") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]  # splitlines also cuts at U+2028 and others
     if not prompts:
         raise ConfigError("--prompt-file", f"{path} has no prompt; allowed: one prompt a line")
     return prompts
@@ -133,8 +135,6 @@ def _expand(order: Order) -> list[SamplingParams]:
     """The requests: every prompt ``num_images`` times, with consecutive seeds where there is one."""
     if not order.prompts:
         raise ConfigError("PROMPT", "there is none; give one or more prompts, or --prompt-file")
-    from ditrelay.engine import spread
-
     return spread(order.prompts, order.num_images, dict(order.sampling))
 
 
@@ -151,25 +151,36 @@ def _resolve(card: ModelCard, params: list[SamplingParams]) -> list[SamplingPara
     return resolved
 
 
-def _paths(card: ModelCard, order: Order, params: list[SamplingParams]) -> list[Path]:
-    """A file for each request, its directory made.
+def _jobs(card: ModelCard, order: Order, params: list[SamplingParams]) -> list[Job]:
+    """A file for each request, in a directory that is there and can be written to: what is drawn must not be lost.
 
     Raises:
         ConfigError: ``--output`` cannot be what it is asked to be.
     """
-    suffix = _MEDIA_SUFFIX[card.media]
-    given = order.output
-    if len(params) == 1 and given is not None and given.suffix.lower() in _MEDIA_SUFFIXES:
-        if given.suffix.lower() != suffix:
-            raise ConfigError("--output", f"{given}: the model makes {suffix} files; allowed: a name with that suffix")
-        if given.is_dir():
-            raise ConfigError("--output", f"{given} is a directory; allowed: a file name")
-        _make_directory(given.parent)
-        return [given]
-    if len(params) == 1:
-        return [_unused(_make_directory(given or Path()) / (slug(params[0].prompt) + suffix))]
-    directory, width = _make_directory(given or DEFAULT_DIRECTORY), len(str(len(params)))
-    return [_unused(directory / f"{i:0{width}}-{slug(p.prompt)}{suffix}") for i, p in enumerate(params, start=1)]
+    suffix, given = _MEDIA_SUFFIX[card.media], order.output
+    try:
+        if len(params) == 1 and given is not None and given.suffix.lower() in _MEDIA_SUFFIXES:
+            _check_file(given, suffix)
+            return [Job(0, params[0], given, overwrites=True)]
+        if len(params) == 1:
+            path = _make_directory(given or Path()) / (slug(params[0].prompt) + suffix)
+            return [Job(0, params[0], _unused(path))]
+        directory, width = _make_directory(given or DEFAULT_DIRECTORY), len(str(len(params)))
+        names = [f"{i:0{width}}-{slug(each.prompt)}{suffix}" for i, each in enumerate(params, start=1)]
+        return [Job(i, each, _unused(directory / names[i])) for i, each in enumerate(params)]
+    except OSError as error:
+        raise ConfigError("--output", f"cannot write to {given or 'this directory'}: {_reason(error)}") from error
+
+
+def _check_file(path: Path, suffix: str) -> None:
+    if path.suffix.lower() != suffix:
+        raise ConfigError("--output", f"{path}: the model makes {suffix} files; allowed: a name with that suffix")
+    if path.is_dir():
+        raise ConfigError("--output", f"{path} is a directory; allowed: a file name")
+    if not path.exists():
+        _make_directory(path.parent)
+    elif not os.access(path, os.W_OK):
+        raise ConfigError("--output", f"{path} is there and cannot be written to; choose another")
 
 
 def _make_directory(path: Path) -> Path:
@@ -177,16 +188,40 @@ def _make_directory(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("--output", f"cannot make the directory {path}: {_reason(error)}") from error
-    return path
+    with tempfile.TemporaryFile(dir=path):  # the only way to know, whatever file system it is
+        return path
 
 
 def _unused(path: Path) -> Path:
     """``path``, with a number where a file of that name exists: a name that nobody chose overwrites nothing."""
     number, candidate = 1, path
-    while candidate.exists():
+    while os.path.lexists(candidate):
         number += 1
         candidate = path.with_stem(f"{path.stem}-{number}")
     return candidate
+
+
+def _write(job: Job, media: bytes) -> Path:
+    """The file of ``job``, whole or not there. Where another run has taken a name that nobody chose, it is another.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = job.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            file = path.open("wb" if job.overwrites else "xb")
+        except FileExistsError:
+            path = _unused(job.path)
+            continue
+        try:
+            with file:
+                file.write(media)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+        return path
 
 
 class _Runner:
@@ -255,15 +290,18 @@ class _Runner:
         """Save the result of a request that ended."""
         try:
             result = ticket.result(timeout=0)
-            result.save(job.path)
+            path = _write(job, result.media)
         except QueueFull:
             self._waiting.append(job)
         except RequestFailed as error:
             self._end(Outcome(job, error=error.reason))
-        except (DitrelayError, OSError) as error:
+        except OSError as error:
+            self._end(Outcome(job, error=f"cannot write {job.path}: {_reason(error)}"))
+        except DitrelayError as error:
             self._end(Outcome(job, error=str(error)))
         else:
-            self._end(Outcome(job, result))
+            # Its file is written: of hundreds of pictures none stays in memory.
+            self._end(Outcome(replace(job, path=path), replace(result, media=b"")))
 
     def _end(self, outcome: Outcome) -> None:
         self._outcomes.append(outcome)

@@ -12,16 +12,20 @@ from ditrelay.runtime.trace import TraceFiles
 
 @dataclass(frozen=True)
 class Job:
-    """One picture or clip to make: resolved parameters and the file it goes to."""
+    """One picture or clip to make: resolved parameters and the file it goes to.
+
+    ``overwrites``: the user chose the name; what is there is replaced.
+    """
 
     index: int
     params: SamplingParams
     path: Path
+    overwrites: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: with a result in its file, or with an error."""
+    """How a job ended: with a result in its file (``media`` is empty), or with an error."""
 
     job: Job
     result: Result | None = None

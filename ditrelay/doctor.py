@@ -110,7 +110,8 @@ def self_check(num_processes: int, timeout: float) -> list[Check]:
     began = time.monotonic()
     spec = importlib.util.find_spec(_SELF_CHECK)
     assert spec is not None and spec.origin is not None
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
+    # -P: modules in the current folder are not taken for Python's own.
+    command = [sys.executable, "-P", "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}"]
     code, output = _run([*command, spec.origin], timeout)
     tests = [Check(name.strip(), word.lower(), ok=word == "PASSED") for word, name in _TEST_LINE.findall(output)]
     if code is None:

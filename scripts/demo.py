@@ -70,7 +70,8 @@ def contact_sheet(outcomes: Sequence[Outcome]) -> Image.Image:
     for i, outcome in enumerate(outcomes):
         x, y = GAP + i % COLUMNS * cell[0], GAP + i // COLUMNS * cell[1]
         if outcome.result is not None:
-            sheet.paste(outcome.result.image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
+            with Image.open(outcome.job.path) as picture:
+                sheet.paste(picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (x, y))
         caption = textwrap.wrap(outcome.job.params.prompt, CAPTION_CHARS)[:CAPTION_LINES]
         for number, line in enumerate(caption):
             draw.text((x + SIDE // 2, y + SIDE + 4 + number * LINE), line, "black", font, anchor="ma")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import tiny_models
 from picture_samples import picture
@@ -80,13 +81,20 @@ def test_a_seed_is_drawn_where_none_is_given_and_kept_where_one_is(emoji: ModelC
         ("num_inference_steps", {"num_inference_steps": 0}, "1 to 1000"),
         ("num_inference_steps", {"num_inference_steps": 1001}, "1 to 1000"),
         ("num_inference_steps", {"num_inference_steps": True}, "1 to 1000"),
-        ("guidance_scale", {"guidance_scale": float("nan")}, "finite"),
-        ("guidance_scale", {"guidance_scale": float("inf")}, "finite"),
-        ("guidance_scale", {"guidance_scale": -1.0}, ">= 0"),
+        ("prompt", {"prompt": 5}, "a int is not allowed"),
+        ("prompt", {"prompt": "a cat \udcff"}, "not UTF-8, or half a surrogate pair"),
+        ("negative_prompt", {"negative_prompt": "\ud800"}, "not UTF-8, or half a surrogate pair"),
+        ("guidance_scale", {"guidance_scale": float("nan")}, "0 to 1000"),
+        ("guidance_scale", {"guidance_scale": float("inf")}, "0 to 1000"),
+        ("guidance_scale", {"guidance_scale": 1e300}, "0 to 1000"),
+        ("guidance_scale", {"guidance_scale": 10**400}, "0 to 1000"),
+        ("guidance_scale", {"guidance_scale": "2"}, "0 to 1000"),
+        ("guidance_scale", {"guidance_scale": -1.0}, "0 to 1000"),
         ("seed", {"seed": -1}, "0 to 9223372036854775807"),
         ("seed", {"seed": 2**63}, "0 to 9223372036854775807"),
         ("num_frames", {"num_frames": 2}, "allowed: 1"),
         ("image", {"image": b"x"}, "allowed: a PNG, JPEG or WebP picture"),
+        ("image", {"image": "apple.png"}, "a str is not allowed; allowed: the bytes of a PNG"),
         ("strength", {"strength": 0.5}, "there is none; leave it out"),
         ("strength", {"image": PNG, "strength": 0.0}, "above 0, and at most 1"),
         ("strength", {"image": PNG, "strength": 1.5}, "above 0, and at most 1"),
@@ -103,6 +111,38 @@ def test_a_wrong_request_is_refused_naming_the_field_and_what_is_allowed(
         emoji.resolve(msgspec.structs.replace(SamplingParams(prompt="a cat"), **given))
     assert caught.value.param == param
     assert allowed in caught.value.reason
+
+
+class _Word(str):
+    pass
+
+
+def test_numpys_numbers_and_other_kinds_of_text_become_pythons_which_a_message_can_hold(emoji: ModelCard) -> None:
+    numbers = {
+        "seed": np.int64(3),
+        "guidance_scale": np.float64(2.5),
+        "strength": np.float32(0.5),
+        "height": np.int32(64),
+    }
+    texts = {"prompt": _Word("a cat"), "output_format": _Word("jpeg")}
+    odd = SamplingParams(**texts | numbers, image=bytearray(PNG))  # type: ignore[arg-type]
+    resolved = emoji.resolve(odd)
+    plain = emoji.resolve(
+        SamplingParams(
+            prompt="a cat", image=PNG, output_format="jpeg", seed=3, guidance_scale=2.5, strength=0.5, height=64
+        )
+    )
+    assert msgspec.msgpack.encode(resolved) == msgspec.msgpack.encode(plain)
+
+
+@pytest.mark.parametrize(("family", "fewest"), [("qwen-image", 2), ("ltx", 2), ("flux", 1), ("wan", 1)])
+def test_a_schedule_that_is_stretched_to_its_end_has_two_steps_at_least(
+    tiny_root: Path, family: str, fewest: int
+) -> None:
+    card = load_card(str(tiny_models.build(family, tiny_root)))
+    card.resolve(SamplingParams(prompt="a cat", num_inference_steps=fewest))
+    with pytest.raises(InvalidRequest, match=f"num_inference_steps: .*allowed: {fewest} to 1000"):
+        card.resolve(SamplingParams(prompt="a cat", num_inference_steps=fewest - 1))
 
 
 @pytest.mark.parametrize(
@@ -209,6 +249,11 @@ def _into_bin(folder: Path) -> None:
     (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
 
 
+def _write_header(folder: Path, header: object) -> None:
+    text = json.dumps(header).encode()
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+
+
 def _lose_shard(folder: Path) -> None:
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
@@ -231,13 +276,20 @@ def _lose_shard(folder: Path) -> None:
         (lambda f: shutil.rmtree(f / "text_encoder"), "component folder .*text_encoder is missing"),
         (lambda f: (f / "vae" / "config.json").unlink(), "vae/config.json is missing"),
         (lambda f: (f / "vae" / "config.json").write_text("{"), "vae/config.json is damaged"),
+        (lambda f: (f / "vae" / "config.json").write_text("[" * 10**5), "vae/config.json is damaged"),
+        (lambda f: (f / "vae" / "config.json").write_text('{"block_out_channels": null}'), "a value of a wrong kind"),
         (lambda f: (f / "tokenizer" / "tokenizer.json").write_text("{"), "tokenizer/tokenizer.json is damaged"),
+        (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "tokenizer has no vocabulary; tokenizer.json, a"),
+        (lambda f: (f / "tokenizer" / "tokenizer_config.json").unlink(), "tokenizer_config.json is missing"),
         (lambda f: (f / "scheduler" / "scheduler_config.json").unlink(), "scheduler has no config"),
+        (lambda f: (f / "scheduler" / "scheduler_config.json").write_text("[]"), "scheduler_config.json is not a JSON"),
         (lambda f: (f / "text_encoder" / "model.safetensors").unlink(), "text_encoder has no weights"),
         (lambda f: _truncate(f / "text_encoder" / "model.safetensors"), "model.safetensors is damaged"),
         (lambda f: (f / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"junk"), "safetensors is damaged"),
         (_into_bin, "vae has no weights; .*safetensors"),
         (_lose_shard, "00001-of-00001.safetensors is missing"),
+        (lambda f: (f / "vae/x.safetensors.index.json").write_text('{"weight_map": []}'), "it names no weight files"),
+        (lambda f: _write_header(f, {"x": {"data_offsets": ["a", "b"]}}), "safetensors is damaged"),
     ],
 )
 def test_a_damaged_folder_is_refused_naming_the_file(
@@ -255,6 +307,8 @@ def test_a_damaged_folder_is_refused_naming_the_file(
         ("builtin:unheard", "built in: emoji, timed"),
         ("./no/such/folder", "there is no folder './no/such/folder'"),
         ("nowhere", "there is no folder 'nowhere'"),
+        ("~nobody-of-that-name/model", "the folder '~nobody-of-that-name/model' can't be read"),
+        ("x" * 300, "can't be read: .*File name too long"),
     ],
 )
 def test_a_model_path_that_leads_nowhere_is_refused(path: str, message: str) -> None:

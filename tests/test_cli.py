@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from rich.console import Console
 from ditrelay import __version__, doctor
 from ditrelay.cli import main
 from ditrelay.cli_flags import normalise
-from ditrelay.cli_generate import slug
+from ditrelay.cli_generate import Order, generate, slug
 from ditrelay.cli_progress import LiveDisplay, PlainDisplay
 from ditrelay.cli_report import report_table
 from ditrelay.cli_run import Job, Outcome, Run
@@ -275,9 +276,9 @@ def test_output_is_a_directory_for_several_pictures_whatever_its_suffix(
 
 
 def test_prompts_come_from_standard_input(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\na dog\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("a cat\na dog\u2028at night\n"))
     ran = run("generate", "--prompt-file", "-")
-    assert ran.engine is not None and [each.prompt for each in ran.engine.submitted] == ["a cat", "a dog"]
+    assert ran.engine is not None and [each.prompt for each in ran.engine.submitted] == ["a cat", "a dog\u2028at night"]
 
 
 def test_drawn_seed_is_shown_and_sampling_values_reach_the_request(run: Callable[..., Ran]) -> None:
@@ -304,6 +305,56 @@ def test_file_that_cannot_be_written_is_a_failed_request(run: Callable[..., Ran]
 
     ran = run("generate", "a cat", "--output", "cats", engine_class=Removing)
     assert ran.code == 1 and "failed 1: a cat: " in ran.out
+
+
+@pytest.mark.parametrize("output", ["/proc/cat.png", "/proc", "x" * 300 + ".png"])
+def test_an_output_that_cannot_be_written_to_is_refused_before_anything_starts(
+    run: Callable[..., Ran], output: str
+) -> None:
+    ran = run("generate", "a cat", "--output", output)
+    assert ran.code == 2 and ran.err.startswith("error: --output: cannot write to ") and ran.err.count("\n") == 1
+    assert ran.engine is not None and not ran.engine.started
+
+
+def test_a_picture_that_finds_no_room_leaves_no_part_of_a_file_and_says_which(
+    run: Callable[..., Ran], tmp_path: Path
+) -> None:
+    class NoRoom(FakeEngine):
+        def start(self) -> None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        ran = run("generate", "a cat", engine_class=NoRoom)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert ran.code == 1 and "failed 1: a cat: cannot write a-cat.png: File too large" in ran.out
+    assert not os.listdir(tmp_path)
+
+
+def test_two_runs_that_choose_the_same_name_both_keep_their_picture(run: Callable[..., Ran], tmp_path: Path) -> None:
+    class Beside(FakeEngine):
+        def start(self) -> None:
+            (tmp_path / "a-cat.png").write_text("of another run")
+            (tmp_path / "a-cat-2.png").symlink_to("nowhere")
+
+    ran = run("generate", "a cat", "--seed", "3", engine_class=Beside)
+    assert ran.code == 0 and "wrote a-cat-3.png" in ran.out
+    assert (tmp_path / "a-cat-3.png").read_bytes() == png(3)
+    assert (tmp_path / "a-cat.png").read_text() == "of another run"
+
+
+def test_pictures_that_are_written_do_not_stay_in_memory(tmp_path: Path) -> None:
+    order = Order(("a cat", "a dog"), output=tmp_path, sampling={"seed": 1})
+    done = generate(ServerArgs(log_level="warning"), order, FakeEngine)  # type: ignore[arg-type]
+    assert [outcome.result.media for outcome in done.outcomes if outcome.result] == [b"", b""]
+    assert [outcome.job.path.read_bytes() for outcome in done.outcomes] == [png(1), png(2)]
+
+
+def test_bytes_that_are_no_text_are_one_line_and_exit_code_2(run: Callable[..., Ran]) -> None:
+    ran = run("generate", "a cat", "caf\udce9")
+    assert ran.code == 2 and ran.err.startswith("error: PROMPT: number 2: it has bytes that are not UTF-8")
+    assert ran.engine is not None and not ran.engine.started
 
 
 def test_report_shows_stages_transfers_overlap_and_rate(run: Callable[..., Ran]) -> None:
@@ -372,6 +423,46 @@ def test_ctrl_c_cancels_what_runs_and_exits_130_soon(run: Callable[..., Ran], tm
     assert ran.code == 130 and time.monotonic() - began < 5
     assert ran.engine is not None and ran.engine.cancelled == ["r2"] and ran.engine.closed
     assert "1 of 2 done" in ran.out and "wrote ditrelay-output/1-a-cat.png" in ran.out
+
+
+def test_ctrl_c_while_the_workers_import_is_silent(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ditrelay",
+        "generate",
+        "a cat",
+        "--model-path",
+        "builtin:timed",
+        "--device",
+        "cpu",
+    ]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True, **pipes)  # type: ignore
+    assert started.stderr is not None and started.stderr.readline() == "starting 1 worker\n"
+    time.sleep(0.3)
+    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to all of them
+    out, err = started.communicate(timeout=60)
+    assert (started.returncode, out.strip(), err) == (130, "", "")
+
+
+def test_modules_in_the_current_folder_are_not_taken_for_pythons_own(tmp_path: Path) -> None:
+    (tmp_path / "queue.py").write_text("raise SystemExit('taken for the queue of Python')")
+    (tmp_path / "bin").mkdir()
+    installed = tmp_path / "bin" / "ditrelay"
+    installed.write_text("import sys; from ditrelay.cli import main; sys.exit(main())")
+    command = [sys.executable, str(installed), "generate", "a cat", "--model-path", "builtin:timed"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a-cat.png").is_file()
+
+
+def test_a_prompt_that_the_terminals_encoding_lacks_is_reported_all_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ditrelay", "generate", "кот", "--model-path", "builtin:timed"]
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert rb"wrote \u043a\u043e\u0442.png" in done.stdout and (tmp_path / "кот.png").is_file()
 
 
 def test_cancelled_request_counts_as_failed(run: Callable[..., Ran]) -> None:
@@ -499,6 +590,15 @@ def test_doctor_tells_each_passed_and_failed_test(monkeypatch: pytest.MonkeyPatc
     checks = self_check_with(script, monkeypatch)
     assert [(check.name, check.ok) for check in checks] == [("Basic", True), ("Batch", False), ("communication", False)]
     assert "exit code 1" in checks[-1].value
+
+
+def test_doctor_takes_no_module_in_the_current_folder_for_pythons_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('taken for the random of Python')")
+    monkeypatch.chdir(tmp_path)
+    checks = doctor.self_check(2, 100)
+    assert all(check.ok for check in checks), checks
 
 
 def test_doctor_ends_a_self_check_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

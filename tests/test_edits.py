@@ -136,6 +136,15 @@ def test_an_edit_is_that_of_the_stock_image_to_image_pipeline(model: Model, stre
     assert distance(ours, stock(model.card, request.params)) <= 1
 
 
+@by_strength
+def test_a_size_that_the_model_takes_need_not_be_a_multiple_of_16(model: Model) -> None:
+    side = 5 * model.card.size_multiple
+    request = model.edit(image=picture(side, side))
+    ours, _ = draw(model.whole, request)
+    assert ours.shape == (1, side, side, 3)
+    assert distance(ours, stock(model.card, request.params)) <= 1
+
+
 @by_looking
 @pytest.mark.parametrize("size", [{}, {"height": 32, "width": 48}], ids=["the picture's size", "another size"])
 def test_a_model_that_looks_at_the_picture_makes_what_the_stock_pipeline_makes(

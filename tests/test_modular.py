@@ -8,6 +8,8 @@ import io
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -337,6 +339,14 @@ def test_weights_that_do_not_fit_are_refused_naming_the_folder(
         load_adapter(LoadSpec(card=load_card(str(folder)), roles=COLOCATED))
 
 
+def test_a_config_that_its_class_does_not_take_is_refused_naming_the_folder_on_every_rank(folder: Path) -> None:
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_heads": 5}))
+    for roles in (ENCODE, DIT):
+        with pytest.raises(UnsupportedModel, match="transformer can't be loaded as ZImageTransformer2DModel"):
+            load_adapter(LoadSpec(card=load_card(str(folder)), roles=roles))
+
+
 def test_a_file_damaged_after_the_card_was_read_is_refused_naming_it(folder: Path) -> None:
     card = load_card(str(folder))
     path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -344,6 +354,15 @@ def test_a_file_damaged_after_the_card_was_read_is_refused_naming_it(folder: Pat
     with pytest.raises(UnsupportedModel, match="diffusion_pytorch_model.safetensors is damaged"):
         load_adapter(LoadSpec(card=card, roles=DIT))
     load_adapter(LoadSpec(card=card, roles=ENCODE))
+
+
+def test_loading_says_nothing_of_packages_that_are_not_needed(tiny_root: Path) -> None:
+    """transformers warns where torchvision is missing, once for each process, while diffusers' blocks are imported."""
+    code = "import sys; from ditrelay.models import card, load_spec, loading; made = card.load_card(sys.argv[1]); "
+    code += "loading.load_adapter(load_spec.LoadSpec(card=made, roles=frozenset({'encode'})))"
+    command = [sys.executable, "-c", code, str(tiny_models.build("flux", tiny_root))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "torchvision" not in done.stderr
 
 
 def test_a_class_that_the_library_does_not_have_is_refused(folder: Path) -> None:

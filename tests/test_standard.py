@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 
+from ditrelay.errors import UnsupportedModel
 from ditrelay.models.card import load_card
 from ditrelay.models.load_spec import LoadSpec
 from ditrelay.models.loading import load_adapter
@@ -60,6 +63,14 @@ def test_frames_padded_for_a_temporal_patch_are_cut_off_as_in_the_stock_pipeline
     assert latents["latents"].value.shape[1] == 4  # 9 frames are 3 latent frames; 4 with the padding
     frames = adapter.decode([request], latents)[0]
     assert np.abs(frames.astype(int) - (expected * 255).round().astype(int)).max() <= 1
+
+
+def test_a_model_without_its_text_encoder_is_refused_naming_it(folder: Path, tmp_path: Path) -> None:
+    lacking = Path(shutil.copytree(folder, tmp_path / "model"))
+    index = json.loads((lacking / "model_index.json").read_text()) | {"text_encoder": [None, None]}
+    (lacking / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsupportedModel, match="names no text_encoder, which this model needs"):
+        load_adapter(LoadSpec(card=load_card(str(lacking)), roles=COLOCATED))
 
 
 def test_a_session_is_finished_once_its_steps_are_done(folder: Path) -> None:

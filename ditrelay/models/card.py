@@ -11,6 +11,7 @@ import msgspec
 from ditrelay.errors import ConfigError, InvalidRequest, UnsupportedModel
 from ditrelay.models.edits import check_start, starting_size, starting_strength
 from ditrelay.models.folder import BUILTIN_PREFIX, ModelFolder, find_folder
+from ditrelay.models.plain import plain
 from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Family, Media, find_family
 from ditrelay.models.sizes import Sizes, sizes_of
 from ditrelay.models.timed_options import TIMED_PREFIX, TimedOptions
@@ -20,6 +21,7 @@ _SEED_LIMIT = 2**63
 _DRAWN_SEED_LIMIT = 2**31  # fits any client's integer type
 _WEBP_SIDE = 16383  # the format has 14 bits for it
 _MAX_PREVIEWS = 10
+_MAX_GUIDANCE = 1000.0  # far above what any model draws with; far below what turns numbers into NaN, a black picture
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +34,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         pipeline_class: diffusers' name of the stock pipeline.
         adapter: which ``StageAdapter`` runs it.
         media: what a request makes.
+        min_steps: fewer denoising steps give no picture.
         size_multiple: height and width are multiples of it (pixels).
         fps: frames a second of a clip; 0 for pictures.
         frame_multiple: the number of frames is k * frame_multiple + 1; 1: any number.
@@ -62,6 +65,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     max_side: int = 8192
     max_pixels: int = 4096 * 4096
     max_num_frames: int = 1
+    min_steps: int = 1
     max_steps: int = 1000
     needs_image: bool = False
     edits: bool = False
@@ -79,6 +83,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         Raises:
             InvalidRequest: names the field and says what is allowed.
         """
+        params = plain(params)
         height, width = starting_size(self, params)
         resolved = msgspec.structs.replace(
             params,
@@ -96,7 +101,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         _check_prompt(self, resolved)
         _check_size(self, resolved)
         _check_frames(self, resolved)
-        _check_range("num_inference_steps", resolved.num_inference_steps, 1, self.max_steps)
+        _check_range("num_inference_steps", resolved.num_inference_steps, self.min_steps, self.max_steps)
         _check_range("seed", resolved.seed, 0, _SEED_LIMIT - 1)
         _check_guidance(self, params, resolved)
         check_start(self, resolved)
@@ -127,7 +132,10 @@ def load_card(model_path: str, load_format: str = "auto") -> ModelCard:
         if needed not in folder.components:
             raise UnsupportedModel(f"{folder.path / 'model_index.json'} names no {needed}")
     folder.check(weights=weights)
-    card = _card(model_path, folder, family)
+    try:
+        card = _card(model_path, folder, family)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModel(f"a config.json in {folder.path} has a value of a wrong kind: {error}") from error
     builtin = BUILTINS.get(model_path.removeprefix(BUILTIN_PREFIX)) if model_path.startswith(BUILTIN_PREFIX) else None
     if builtin is None:
         return card
@@ -184,6 +192,8 @@ def _card(name: str, folder: ModelFolder, family: Family) -> ModelCard:
         default_guidance_scale=guidance.default,
         max_side=sizes.max_side,
         max_num_frames=sizes.max_frames,
+        # Stretched to its last noise level, the schedule of a single step is 0 / 0.
+        min_steps=2 if folder.scheduler.get("shift_terminal") else 1,
         needs_image=family.needs_image,
         edits=family.edits,
         default_strength=family.strength or 0.0,
@@ -269,10 +279,10 @@ def _check_frames(card: ModelCard, params: SamplingParams) -> None:
 
 def _check_guidance(card: ModelCard, given: SamplingParams, resolved: SamplingParams) -> None:
     scale = resolved.guidance_scale
-    if scale is None or isinstance(scale, bool) or not math.isfinite(scale) or scale < 0:
-        raise InvalidRequest("guidance_scale", f"{scale!r} is not allowed; allowed: a finite number >= 0")
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale <= _MAX_GUIDANCE:
+        raise InvalidRequest("guidance_scale", f"{scale!r} is not allowed; allowed: 0 to {_MAX_GUIDANCE:g}")
     if given.guidance_scale is not None and not card.supports_guidance and scale != card.default_guidance_scale:
-        raise InvalidRequest("guidance_scale", f"this model has no guidance; allowed: {card.default_guidance_scale}")
+        raise InvalidRequest("guidance_scale", "this model has no guidance; leave it out")
     if not resolved.negative_prompt:
         return
     if not card.supports_negative_prompt:

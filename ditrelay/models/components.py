@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ImportError,
+    AssertionError,
+    SafetensorError,
+)
 
 
 class ComponentStore:
@@ -80,15 +90,19 @@ class ComponentStore:
         diffusers reads sizes and scale factors off components; without one it falls back to defaults that may be wrong.
         """
         cls = self._class(name)
-        with torch.device("meta"):
-            return cls.from_config(dict(self._folder.config(name)))
+        config = dict(self._folder.config(name))
+        try:
+            with torch.device("meta"):
+                return cls.from_config(config)
+        except _LOAD_ERRORS as error:
+            raise self._unloadable(name, error) from error
 
     def _class(self, name: str) -> Any:
         if name not in self._folder.components:
             raise UnsupportedModel(f"{self._folder.path / 'model_index.json'} names no {name}, which this model needs")
         library, class_name = self._folder.components[name]
-        cls = getattr(importlib.import_module(library), class_name, None) if library in LIBRARIES else None
-        if cls is None:
+        cls = getattr(importlib.import_module(library), str(class_name), None) if library in LIBRARIES else None
+        if not isinstance(cls, type):
             raise UnsupportedModel(f"{name} is a {library}.{class_name}, which the installed {library} does not have")
         return cls
 
@@ -106,10 +120,14 @@ class ComponentStore:
                 str(path), dtype=self._dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
         except _LOAD_ERRORS as error:
-            raise UnsupportedModel(f"{path} can't be loaded as {cls.__name__}: {_first_line(error)}") from error
+            raise self._unloadable(name, error) from error
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedModel(f"the weights in {path} lack {len(missing)} tensors, for instance {missing[0]}")
         return model.requires_grad_(False).to(self._home(name))
+
+    def _unloadable(self, name: str, error: Exception) -> UnsupportedModel:
+        class_name = self._folder.components[name][1]
+        return UnsupportedModel(f"{self._folder.path / name} can't be loaded as {class_name}: {_first_line(error)}")
 
     def _home(self, name: str) -> torch.device:
         """Where the component's weights are while nothing runs."""
@@ -199,4 +217,8 @@ def quiet_libraries() -> None:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"a config is not JSON ({error.msg})"
+    if isinstance(error, AssertionError) and not str(error):
+        return "values of its config.json don't go together"
+    if "ignore_mismatched_sizes" in str(error) and "expected shape" not in str(error):
+        return "its weights have other shapes than its config.json says"  # transformers points to a report in the log
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -19,8 +19,8 @@ BUILTIN_PREFIX = "builtin:"
 LIBRARIES = ("diffusers", "transformers")  # a class from anywhere else is code that came with the model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NO_WEIGHTS = ("scheduler", "tokenizer", "processor", "feature_extractor", "image_processor", "video_processor")
-_CONFIG_NAMES = ("config.json", "scheduler_config.json", "preprocessor_config.json", "tokenizer_config.json")
+_NO_WEIGHTS = ("scheduler", "processor", "feature_extractor", "image_processor", "video_processor")
+_CONFIG_NAMES = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 _MAX_SAFETENSORS_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
@@ -45,6 +45,11 @@ class ModelFolder:
         """The component's ``config.json``."""
         return read_json(self.path / component / "config.json")
 
+    @property
+    def scheduler(self) -> Mapping[str, Any]:
+        """The scheduler's ``scheduler_config.json``."""
+        return read_json(self.path / "scheduler" / "scheduler_config.json")
+
     def check(self, *, weights: bool = True) -> None:
         """Raise ``UnsupportedModel``, naming the file, for the first thing missing or damaged in any component."""
         for name, (library, class_name) in self.components.items():
@@ -63,9 +68,12 @@ def find_folder(model_path: str, *, weights: bool = True) -> Path:
     """
     if model_path.startswith(BUILTIN_PREFIX):
         return _builtin(model_path.removeprefix(BUILTIN_PREFIX))
-    path = Path(model_path).expanduser()
-    if path.is_dir():
-        return path.resolve()
+    try:
+        path = Path(model_path).expanduser()
+        if path.is_dir():
+            return path.resolve()
+    except (OSError, RuntimeError) as error:  # it may not be looked at, its name is too long; there is no such user
+        raise UnsupportedModel(f"the folder {model_path!r} can't be read: {error}") from error
     if _HUB_ID.fullmatch(model_path):
         return _download(model_path, weights)
     raise UnsupportedModel(f"there is no folder {model_path!r}; give a diffusers folder, a hub id or builtin:emoji")
@@ -106,7 +114,7 @@ def _parse_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UnsupportedModel(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnsupportedModel(f"{path} is damaged: {error}") from error
 
 
@@ -120,8 +128,11 @@ def check_component(folder: Path, *, weights: bool = True) -> None:
         raise UnsupportedModel(f"the component folder {folder} is missing")
     for path in sorted(folder.glob("*.json")):
         _parse_json(path)
+    if folder.name.startswith("tokenizer"):
+        _check_tokenizer(folder)
+        return
     if folder.name.startswith(_NO_WEIGHTS):
-        if not any((folder / name).is_file() for name in (*_CONFIG_NAMES, "tokenizer.json")):
+        if not any((folder / name).is_file() for name in _CONFIG_NAMES):
             raise UnsupportedModel(f"{folder} has no config; one of {', '.join(_CONFIG_NAMES)} is needed")
         return
     read_json(folder / "config.json")
@@ -130,11 +141,23 @@ def check_component(folder: Path, *, weights: bool = True) -> None:
             _check_safetensors(file)
 
 
+def _check_tokenizer(folder: Path) -> None:
+    """Where its files are missing, transformers makes a tokenizer that knows no word: all prompts would be the same."""
+    read_json(folder / "tokenizer_config.json")
+    vocabulary = [name for name in ("tokenizer.json", "vocab.txt", "vocab.json") if (folder / name).is_file()]
+    if not vocabulary and not any(folder.glob("*.model")):
+        raise UnsupportedModel(
+            f"{folder} has no vocabulary; tokenizer.json, a .model file, or vocab.json and merges.txt are needed"
+        )
+
+
 def _weight_files(folder: Path) -> Iterator[Path]:
     """The files of a component's weights: those of its index, else the single file."""
     for index in folder.glob("*.safetensors.index.json"):
-        names = set(read_json(index).get("weight_map", {}).values())
-        yield from (folder / name for name in sorted(names))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UnsupportedModel(f"{index} is damaged: it names no weight files")
+        yield from (folder / name for name in sorted({str(name) for name in weight_map.values()}))
         return
     single = [folder / name for name in ("diffusion_pytorch_model.safetensors", "model.safetensors")]
     found = [path for path in single if path.exists()]
@@ -152,10 +175,10 @@ def _check_safetensors(path: Path) -> None:
             if not 0 < length <= min(size - 8, _MAX_SAFETENSORS_HEADER):
                 raise ValueError("it is no safetensors file")
             header = json.loads(file.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
     except FileNotFoundError as error:
         raise UnsupportedModel(f"the weight file {path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise UnsupportedModel(f"the weight file {path} is damaged: {error}") from error
     if size != 8 + length + max(ends, default=0):
         raise UnsupportedModel(f"the weight file {path} is damaged: {size} bytes do not match its header")

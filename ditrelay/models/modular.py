@@ -78,10 +78,11 @@ class ModularAdapter:
         self._timestep = ExactTimestep()
         # Wan's VAE keeps a cache between its frames, which encoding a picture and decoding a clip would share.
         self._vae_lock = threading.Lock()
+        self._components = components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
         self._workflows = workflows = Workflows.of(self._family, self._before_step)
         self.conditioning_names, self.latents_names = workflows.conditioning_names, workflows.latents_names
         self._stages = {part: stage for part, stage in workflows.stages.items() if role_of(part) in spec.roles}
-        self._components = components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
+        self._size_multiple = spec.card.size_multiple
         self._pipelines = {part: self._pipeline(part, spec.card.path, components) for part in sorted(self._stages)}
         self._branches: dist.ProcessGroup | None = components.mesh.branches if components.mesh else None
 
@@ -182,6 +183,9 @@ class ModularAdapter:
                 setattr(pipeline, name, components.stand_in(name))
         if role == "encode" and self._family.chat_template and not pipeline.tokenizer.chat_template:
             raise UnsupportedModel(f"the tokenizer in {path} has no chat template, which {self._family.name} needs")
+        if part == "encode_edit" and self._family.strength is not None:
+            # It rounds a picture down to multiples of 16, whatever the VAE.
+            pipeline.image_processor.register_to_config(vae_scale_factor=self._size_multiple)
         if part == "denoise" and self._family.exact_timestep:
             pipeline.transformer.register_forward_pre_hook(self._timestep, with_kwargs=True)
         return pipeline

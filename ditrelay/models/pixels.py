@@ -60,12 +60,14 @@ def start_to_frames(pixels: torch.Tensor) -> LazyFrames:
     rounded = (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if not rounded.is_cuda:
         return rounded.numpy
+    device = rounded.device
     pinned = torch.empty(rounded.shape, dtype=torch.uint8, pin_memory=True).copy_(rounded, non_blocking=True)
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(rounded.device))
+    copied.record(torch.cuda.current_stream(device))
 
     def arrived() -> Frames:
-        copied.synchronize()
+        with torch.cuda.device(device):  # else a thread that has set none makes a context on the first GPU
+            copied.synchronize()
         return pinned.numpy()
 
     return arrived

@@ -7,8 +7,9 @@ embeddings to latents, or ``decode_latents``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +68,7 @@ class StandardAdapter:
         self._components = components = ComponentStore(folder, spec)
         pipeline_class = getattr(diffusers, spec.card.pipeline_class)
         self._pipelines = {
-            role: _pipeline(pipeline_class, list(folder.components), role, components) for role in sorted(spec.roles)
+            role: _pipeline(pipeline_class, folder.components, role, components) for role in sorted(spec.roles)
         }
 
     def encode(self, requests: Sequence[Request]) -> State:
@@ -150,11 +151,12 @@ class _LoopStart:
         pass
 
 
-def _pipeline(pipeline_class: Any, names: list[str], role: Role, components: ComponentStore) -> Any:
+def _pipeline(pipeline_class: Any, names: Iterable[str], role: Role, components: ComponentStore) -> Any:
     """A pipeline with the role's components; built with a config-only VAE, off which it reads its scale factors."""
     held = {name: components.get(name) for name in _COMPONENTS[role]}
     stand_in = {} if "vae" in held else {"vae": components.stand_in("vae")}
-    pipeline = pipeline_class(**(dict.fromkeys(names) | held | stand_in))
+    every = dict.fromkeys([*names, *chain(*_COMPONENTS.values())])
+    pipeline = pipeline_class(**(every | held | stand_in))
     for name in stand_in:
         setattr(pipeline, name, None)
     return pipeline
