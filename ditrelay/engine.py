@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import contextlib
 import io
 import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 from PIL import Image
 
-from ditrelay.errors import ConfigError, EngineClosed, StartupError
+from ditrelay.errors import ConfigError, EngineClosed, RequestFailed, StartupError
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import PRELOAD
 from ditrelay.runtime.activity import Activity, Watcher, follow
 from ditrelay.runtime.admission import Admission
 from ditrelay.runtime.event_relay import EventRelay
-from ditrelay.runtime.launcher import LocalLauncher
+from ditrelay.runtime.launcher import LocalLauncher, no_interrupts, resolve_device
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
-from ditrelay.runtime.request import Request, SamplingParams
+from ditrelay.runtime.request import Request, SamplingParams, spread
 from ditrelay.runtime.request_log import RequestLog
+from ditrelay.runtime.run_dir import check_parent
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus
 from ditrelay.runtime.telemetry import Telemetry
@@ -41,7 +44,6 @@ __all__ = ["Activity", "AsyncEngine", "AsyncTicket", "Engine", "EngineStatus", "
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 10.0
-NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 class Engine:
@@ -94,15 +96,18 @@ class Engine:
         """
         if self._controller is not None:
             raise EngineClosed("the engine was started before; make a new one")
+        check_parent()
         launcher = LocalLauncher(self._device_type, _preload(self.card))
         # Imported here: it takes the head two seconds (torch), during which the workers' imports are under way.
-        from ditrelay.runtime.controller import Controller
+        with no_interrupts():  # half imported, torch can't be imported again
+            from ditrelay.runtime.controller import Controller
 
         self._controller = Controller(self.args, self.card, self.topology, launcher, self._device_type, self._log)
         try:
             if self._closing.is_set():
                 raise EngineClosed("the engine was closed while it started")
             self._controller.start()
+            atexit.register(self.close)  # else the interpreter's end would wait for the workers, and they for it
             self._await_start(self._controller)
         except BaseException:
             self.close()
@@ -130,13 +135,21 @@ class Engine:
         image = _grey_picture(self.card) if self.card.needs_image else None
         params = self.card.resolve(SamplingParams(prompt="warm-up", num_inference_steps=2, seed=0, image=image))
         tickets = [self._submit(params) for _ in range(min(count, self.args.max_queue))]
-        for ticket in tickets:
-            ticket.result(self.args.startup_timeout)
+        limit = self.args.startup_timeout
+        try:
+            for ticket in tickets:
+                ticket.result(limit)
+        except TimeoutError:
+            reason = f"the warm-up was not done within --startup-timeout {limit:g} s; raise it, or set --no-warmup"
+            raise StartupError(reason) from None
+        except RequestFailed as error:
+            raise StartupError(f"the warm-up failed: {error.reason}") from error
         self._traced_from = time.monotonic()
 
     def close(self, timeout: float = SHUTDOWN_SECONDS) -> None:
         """End all workers; requests that are not done fail. May be called twice."""
         self._closing.set()
+        atexit.unregister(self.close)
         if self._controller is not None:
             self._controller.stop(timeout)
         self._log.close("the engine is shut down")
@@ -208,11 +221,14 @@ class Engine:
         ``sampling`` takes the fields of ``SamplingParams``. With one seed for several pictures, number i uses seed + i.
 
         Raises:
-            what ``submit`` and ``Ticket.result`` raise, for the first picture that fails.
+            what ``submit`` and ``Ticket.result`` raise, for the first picture that fails; the others are cancelled.
         """
         many = not isinstance(prompt, str) or num_images is not None
-        tickets = [self.submit(params) for params in spread(prompt, num_images or 1, sampling)]
-        results = [ticket.result(timeout) for ticket in tickets]
+        tickets: list[Ticket] = []
+        with _cancelled_on_error(tickets):
+            for params in spread(prompt, 1 if num_images is None else num_images, sampling):
+                tickets.append(self.submit(params))
+            results = [ticket.result(timeout) for ticket in tickets]
         return results if many else results[0]
 
     # ------------------------------------------------------------ state
@@ -295,7 +311,12 @@ class AsyncEngine:
         self.topology = self._engine.topology
 
     async def start(self) -> AsyncEngine:
-        await asyncio.to_thread(self._engine.start)
+        """As ``Engine.start``. Where the awaiting task is cancelled, the engine is closed."""
+        try:
+            await asyncio.to_thread(self._engine.start)
+        except asyncio.CancelledError:
+            await self.close()
+            raise
         return self
 
     async def close(self) -> None:
@@ -322,8 +343,11 @@ class AsyncEngine:
     ) -> Result | list[Result]:
         """As ``Engine.generate``."""
         many = not isinstance(prompt, str) or num_images is not None
-        tickets = [await self.submit(params) for params in spread(prompt, num_images or 1, sampling)]
-        results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
+        tickets: list[AsyncTicket] = []
+        with _cancelled_on_error(tickets):
+            for params in spread(prompt, 1 if num_images is None else num_images, sampling):
+                tickets.append(await self.submit(params))
+            results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
         return results if many else results[0]
 
     def activity(self) -> AsyncGenerator[Activity, None]:
@@ -345,38 +369,15 @@ class AsyncEngine:
         return self._engine.status()
 
 
-def spread(prompt: str | Sequence[str], num_images: int, sampling: dict[str, Any]) -> list[SamplingParams]:
-    """``num_images`` parameter sets for each prompt; with one seed given, number i gets seed + i."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    texts = [text for text in prompts for _ in range(num_images)]
-    seed = sampling.pop("seed", None)
-    seeds = [None if seed is None else seed + i for i in range(len(texts))]
-    return [SamplingParams(prompt=text, seed=s, **sampling) for text, s in zip(texts, seeds, strict=True)]
-
-
-def resolve_device(args: ServerArgs) -> str:
-    """``cpu`` or ``cuda``. Raises ``ConfigError`` where there are fewer GPUs than ranks, or none for CUDA IPC."""
-    count = 0 if args.device == "cpu" else count_gpus()
-    if args.device == "cpu" or (args.device == "auto" and count == 0):
-        if args.transfer_backend == "cuda_ipc":
-            raise ConfigError(
-                "--transfer-backend", "cuda_ipc moves tensors between GPUs; on a CPU allowed: auto, torch"
-            )
-        return "cpu"
-    if count < args.num_gpus:
-        raise ConfigError(
-            "--num-gpus", f"{args.num_gpus} ranks need as many GPUs and there are {count}; or --device cpu"
-        )
-    return "cuda"
-
-
-def count_gpus() -> int:
-    """GPUs that torch can use; torch is imported only where the driver is loaded."""
-    if not NVIDIA_DRIVER.exists():
-        return 0
-    import torch
-
-    return torch.cuda.device_count()
+@contextlib.contextmanager
+def _cancelled_on_error(tickets: Sequence[Ticket | AsyncTicket]) -> Iterator[None]:
+    """What raises inside ends all of them: nobody else has them, and they would keep the ranks from other work."""
+    try:
+        yield
+    except BaseException:
+        for ticket in tickets:
+            ticket.cancel()
+        raise
 
 
 def _grey_picture(card: ModelCard) -> bytes:

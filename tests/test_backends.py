@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ditrelay import ServerArgs
-from ditrelay.engine import resolve_device
 from ditrelay.errors import ConfigError
 from ditrelay.runtime.communication.backends import choose_backend, may_send_early
+from ditrelay.runtime.launcher import resolve_device
 from ditrelay.runtime.topology import Edge
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -150,12 +151,39 @@ def test_a_model_that_can_not_be_continued_says_so_once(spool: Spool, caplog: py
     assert "starts over" in caplog.text
 
 
+def test_no_memory_for_a_copy_costs_that_checkpoint_and_not_the_denoise(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def capture() -> State:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    checkpoints = Checkpoints(spool, 1)
+    checkpoints.keep("r", 1, capture, HostProgress())
+    assert "no checkpoint of request r after step 1: OutOfMemoryError" in caplog.text
+    checkpoints.keep("r", 2, lambda: STATE, HostProgress())
+    wait_until(spool.file("r").exists)
+
+
 def test_the_end_of_a_request_removes_its_files(spool: Spool) -> None:
     write(spool)
     spool.unfinished("r").write_bytes(b"half")
     spool.discard("r")
     spool.discard("r")
     assert not list(spool.folder.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EIO])
+def test_a_disk_on_which_nothing_can_be_removed_costs_the_head_nothing(
+    spool: Spool, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only one says so of files that are not there, too, and the head looks for them at every request's end."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    spool.discard("r")
+    spool.discard_preview("r")
 
 
 # ---------------------------------------------------------------- a whole fleet

@@ -15,7 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ditrelay.runtime.control_plane import HeadSockets, WorkerSockets, commands_address, events_address, opened
-from ditrelay.runtime.messages import Command, Drop, Encode, Heartbeat, Received, StepDone, WorkerEvent
+from ditrelay.runtime.messages import (
+    Command,
+    Drop,
+    Encode,
+    Heartbeat,
+    LogLine,
+    Received,
+    StepDone,
+    WorkerEvent,
+    WorkerFailed,
+)
 from ditrelay.runtime.payloads import UNREADABLE
 from ditrelay.runtime.request import Request, SamplingParams
 
@@ -73,6 +83,16 @@ def test_commands_and_events_arrive_in_order_with_their_sender(pair: Pair) -> No
     for event in events:
         pair.worker.emit(event)
     assert pair.at_head(2) == events
+
+
+def test_a_text_that_is_no_unicode_arrives_with_escapes(pair: Pair) -> None:
+    """Python hands bytes of a file's name that are no UTF-8 on like this."""
+    pair.worker.emit(WorkerFailed(3, "/models/caf\udce9 é is damaged"))
+    pair.worker.emit(LogLine(3, "ditrelay", logging.WARNING, "\ud800"))
+    assert pair.at_head(2) == [
+        WorkerFailed(3, "/models/caf\\udce9 é is damaged"),
+        LogLine(3, "ditrelay", logging.WARNING, "\\ud800"),
+    ]
 
 
 def test_what_a_stranger_sends_is_thrown_away_and_the_rest_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -13,10 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import zmq
 from chaos_server import lives
 
 from ditrelay import AsyncEngine, Engine, SamplingParams, ServerArgs
-from ditrelay.engine import spread
 from ditrelay.errors import (
     ConfigError,
     EngineClosed,
@@ -26,7 +27,9 @@ from ditrelay.errors import (
     RequestFailed,
     StartupError,
 )
-from ditrelay.runtime.request import RequestState
+from ditrelay.runtime.control_plane import HeadSockets
+from ditrelay.runtime.request import RequestState, spread
+from ditrelay.runtime.tickets import Ticket
 
 QUICK = "builtin:timed?encode=0.01&denoise=0.06&decode=0.01&steps=3&conditioning_mb=1&latents_mb=0.1"
 SLOW = "builtin:timed?encode=0.01&denoise=3&decode=0.01&steps=30&conditioning_mb=0.1&latents_mb=0.1"
@@ -93,6 +96,12 @@ def test_one_seed_is_spread_over_several_pictures() -> None:
     assert {p.seed for p in spread("a", 3, {})} == {None}
 
 
+@pytest.mark.parametrize("number", [0, -1])
+def test_no_pictures_at_all_are_refused(number: int) -> None:
+    with pytest.raises(InvalidRequest, match="num_images: .* allowed: 1 or more"):
+        spread("a", number, {})
+
+
 def test_a_seed_that_is_not_given_is_drawn_and_told(engine: Engine) -> None:
     first, second = (engine.generate("a cat") for _ in range(2))
     assert first.seed != second.seed
@@ -132,6 +141,28 @@ def test_a_killed_worker_costs_no_request(engine: Engine, rank: int) -> None:
     assert engine.status().workers[rank].restarts >= 1
 
 
+def test_a_rank_for_which_no_file_descriptor_is_left_is_started_when_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Clients' connections may have them all; that must not end the head."""
+    opened, tries = HeadSockets.open, list[int]()
+
+    def open_socket(self: HeadSockets, rank: int, incarnation: int) -> None:
+        if incarnation == 1:
+            tries.append(rank)
+            raise zmq.ZMQError(errno.EMFILE)
+        opened(self, rank, incarnation)
+
+    monkeypatch.setattr(HeadSockets, "open", open_socket)
+    with Engine(settings()) as engine:
+        pid = engine.status().workers[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        assert submit(engine, "a cat").result(30).media
+        wait_ready(engine)
+        assert tries == [0] and engine.status().workers[0].restarts == 2
+
+
 def test_a_request_that_kills_its_worker_fails_and_its_neighbours_do_not(engine: Engine) -> None:
     wait_ready(engine)
     poison = submit(engine, "[exit denoise]")
@@ -168,6 +199,22 @@ def test_a_full_queue_refuses_with_a_time_to_come_back(slow: Engine) -> None:
     for ticket in tickets:
         with pytest.raises(RequestCancelled):
             ticket.result(10)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "timeout", "error"), [(2, 0.3, TimeoutError), (40, None, QueueFull)], ids=["late", "too many"]
+)
+def test_what_generate_does_not_return_is_not_drawn(
+    slow: Engine, prompts: int, timeout: float | None, error: type[Exception]
+) -> None:
+    wait_ready(slow)
+    with pytest.raises(error):
+        slow.generate([f"picture {i}" for i in range(prompts)], timeout=timeout)
+    time.sleep(0.2)  # a status may be a tick old
+    until = time.monotonic() + 2.0  # of the 3 that one picture takes
+    while (status := slow.status()).running or status.queued:
+        assert time.monotonic() < until, status
+        time.sleep(0.02)
 
 
 def test_a_stage_that_hangs_fails_its_request_and_the_rank_comes_back(slow: Engine) -> None:
@@ -211,6 +258,20 @@ def test_closing_ends_waiting_requests_and_all_processes() -> None:
         submit(engine, "a dog")
     # The forkserver may take a moment to wait for the dead.
     assert not any(lives(worker) for worker in workers)
+
+
+def test_a_head_with_a_thousand_open_files_ends_its_workers_too(tmp_path: Path) -> None:
+    script = tmp_path / "head.py"
+    script.write_text(
+        "import os, resource\nfrom ditrelay import Engine, ServerArgs\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))\n"
+        "files = [os.open('/dev/null', os.O_RDONLY) for _ in range(1100)]\n"
+        f"engine = Engine(ServerArgs(model_path={QUICK!r}, device='cpu', warmup=False)).start()\n"
+        "worker = engine.status().workers[0].pid\nengine.close()\n"
+        "state = open(f'/proc/{worker}/stat').read().split()[2] if os.path.exists(f'/proc/{worker}') else 'gone'\n"
+        "assert state in ('gone', 'Z'), state\n"
+    )
+    subprocess.run([sys.executable, str(script)], check=True, timeout=60)
 
 
 def test_workers_end_when_their_head_is_killed(tmp_path: Path) -> None:
@@ -314,10 +375,41 @@ def test_the_async_twin_generates_streams_and_cancels() -> None:
     asyncio.run(use())
 
 
+def test_an_async_start_that_is_given_up_leaves_no_worker() -> None:
+    async def give_up() -> None:
+        engine = AsyncEngine(settings())
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1), engine:
+                pass
+        with pytest.raises(EngineClosed):
+            await engine.submit(SamplingParams(prompt="a cat"))
+        assert not any(worker.pid for worker in engine.status().workers)
+
+    asyncio.run(give_up())
+
+
 def test_warm_up_runs_before_the_engine_is_ready() -> None:
     with Engine(settings(warmup=True)) as engine:
         assert engine.ready
         assert {span.rank for span in engine.spans if span.kind == "denoise"} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        (TimeoutError("request r has not ended"), "warm-up was not done within --startup-timeout"),
+        (RequestFailed("r", "encode failed"), "the warm-up failed: encode failed"),
+    ],
+)
+def test_a_warm_up_that_comes_to_nothing_is_a_start_that_failed(
+    end: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def result(self: Ticket, timeout: float | None = None) -> None:
+        raise end
+
+    monkeypatch.setattr(Ticket, "result", result)
+    with pytest.raises(StartupError, match=reason):
+        Engine(settings(warmup=True, num_gpus=1, enable_disagg=False)).start()
 
 
 def test_a_worker_that_cannot_start_is_named(tmp_path: Path) -> None:
@@ -361,8 +453,9 @@ def test_a_long_run_over_gloo_leaves_nothing_pending_and_no_memory_behind() -> N
     model = "builtin:timed?encode=0.001&denoise=0.004&decode=0.001&steps=2&conditioning_mb=2&latents_mb=0.2"
     with Engine(settings(model_path=model, max_queue=200)) as engine:
         engine.generate([f"warm-up {i}" for i in range(40)])
-        before = memory(engine)
-        engine.generate([f"picture {i}" for i in range(160)])
-        after = memory(engine)
+        before, after = memory(engine), []
+        for _ in range(2):  # what the C library keeps for later goes up and down by as much as the window
+            engine.generate([f"picture {i}" for i in range(160)])
+            after.append(memory(engine))
         window = engine.args.max_pending_transfers * len(engine.topology.edges) * 2_200_000
-    assert all(late - early <= window for early, late in zip(before, after, strict=True))
+    assert all(min(late) - early <= window for early, *late in zip(before, *after, strict=True))

@@ -44,6 +44,14 @@ def test_the_first_event_and_the_end_do_not_wait() -> None:
     assert min(max(delays) for delays in tries) < PAUSE_SECONDS / 2
 
 
+def test_a_loop_that_was_closed_before_the_end_costs_the_engine_nothing() -> None:
+    loop = asyncio.new_event_loop()
+    relay = EventRelay(loop)
+    loop.close()
+    relay.put(Progress("r", RequestState.QUEUED))
+    relay.put(Progress("r", RequestState.DONE))
+
+
 def _report(relay: EventRelay) -> None:
     for step in range(STEPS):
         relay.put(Progress("r", RequestState.DENOISING, step, STEPS))

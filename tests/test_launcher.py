@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import select
 import signal
+from unittest.mock import MagicMock
 
 import pytest
 
+from ditrelay.runtime import launcher
 from ditrelay.runtime.launcher import LocalProcess
 
 
@@ -27,3 +30,23 @@ def test_a_process_that_ended_says_how(method: str, by: int, words: str) -> None
     assert select.select([handle.fileno()], [], [], 30.0)[0]
     assert words in handle.ending()
     handle.close()
+
+
+@pytest.mark.parametrize(("number", "dead"), [(errno.ENOENT, True), (errno.ESRCH, True), (errno.EMFILE, False)])
+def test_a_process_that_can_not_be_looked_at_is_not_taken_for_a_dead_one(
+    number: int, dead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pid: int) -> list[str]:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(launcher, "_stat", fail)
+    assert launcher._is_dead(1) is dead
+
+
+def test_a_process_that_can_not_be_watched_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    process, made = MagicMock(), launcher.LocalLauncher("cuda", ())
+    monkeypatch.setattr(made, "_context", MagicMock(Process=MagicMock(return_value=process)))
+    monkeypatch.setattr(launcher, "LocalProcess", MagicMock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+    with pytest.raises(OSError, match="Too many open files"):
+        made.start(MagicMock(rank=0))
+    process.kill.assert_called_once()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,10 @@ import pytest
 from chaos_server import Server, lives
 
 from ditrelay import Engine, SamplingParams, ServerArgs
-from ditrelay.errors import RequestFailed
-from ditrelay.runtime.run_dir import RunDir, remove
+from ditrelay.errors import RequestFailed, StartupError
+from ditrelay.runtime import launcher
+from ditrelay.runtime.control_plane import HeadSockets, WorkerSockets
+from ditrelay.runtime.run_dir import RunDir, check_parent, remove
 from ditrelay.runtime.status import WorkerStatus
 
 QUICK = "builtin:timed?encode=0.01&denoise=0.06&decode=0.01&steps=3&conditioning_mb=1&latents_mb=0.1"
@@ -138,6 +141,67 @@ def test_a_second_sigterm_ends_a_busy_server_at_once_and_leaves_nothing() -> Non
         assert waiting.result(10).status_code == 503
 
 
+def test_a_sigterm_to_every_process_of_a_server_lets_what_runs_end_where_it_is() -> None:
+    """So systemd stops a service, and ``timeout`` a command."""
+    slow = QUICK.replace("denoise=0.06", "denoise=3").replace("steps=3", "steps=30")
+    flags = ["--model-path", slow, "--device", "cpu", "--enable-disagg", "--num-gpus", "2", "--no-warmup"]
+    with Server(flags) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(httpx.post, f"{server.url}/v1/images/generations", json={"prompt": "a cat"}, timeout=60)
+        wait_until(lambda: httpx.get(f"{server.url}/v1/topology").json()["requests"]["running"] == 1)
+        os.killpg(server.process.pid, signal.SIGTERM)
+        assert waiting.result(60).status_code == 200
+        assert server.process.wait(20) == 0
+        assert "is down" not in server.log.read_text()
+
+
+def test_a_worker_that_was_told_to_end_does_so_when_it_hears_nothing_of_its_head(tmp_path: Path) -> None:
+    script = tmp_path / "head.py"
+    script.write_text(HEAD.replace("head_seconds=3.0", "head_seconds=120.0"))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as head:
+        assert head.stdout is not None
+        workers = [psutil.Process(pid) for pid in json.loads(head.stdout.readline())]
+        for worker in workers:
+            worker.terminate()
+        time.sleep(1.0)
+        assert all(lives(worker) for worker in workers)
+        head.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not any(lives(worker) for worker in workers))
+        head.kill()
+
+
+FAILING = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from ditrelay import ServerArgs
+from ditrelay.models.card import load_card
+from ditrelay.runtime.topology import Topology
+from ditrelay.runtime.worker import Worker, run_worker
+from ditrelay.runtime.worker_spec import WorkerSpec
+
+def obey(self):
+    ThreadPoolExecutor(1).submit(time.sleep, 60)  # as a disk that hangs would keep a checkpoint's writer
+    self.fail("the device is lost")
+
+Worker.load, Worker.obey = lambda self: None, obey
+args = ServerArgs(model_path="builtin:timed", device="cpu")
+card, topology = load_card(args.model_path), Topology.build(args)
+run_worker(WorkerSpec(0, 0, args, card, topology, "cpu", sys.argv[1], "127.0.0.1", 1, 1, "token"))
+"""
+
+
+def test_a_worker_that_can_not_go_on_ends_whatever_still_hangs_in_it(tmp_path: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", FAILING, str(tmp_path)], timeout=30)
+    assert run.returncode == 1
+
+
+def test_a_script_that_forgets_its_engine_ends_with_all_processes(tmp_path: Path) -> None:
+    script = tmp_path / "head.py"
+    script.write_text(HEAD.replace("time.sleep(60)", ""))
+    run = subprocess.run([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, timeout=30, check=True)
+    workers = [pid for pid in json.loads(run.stdout) if psutil.pid_exists(pid)]
+    wait_until(lambda: not any(lives(psutil.Process(pid)) for pid in workers if psutil.pid_exists(pid)))
+
+
 def test_what_a_launch_leaves_that_was_killed_as_a_whole_is_removed_by_the_next(head: HeadProcess) -> None:
     for worker in head.workers:
         worker.suspend()  # none of them can clean up
@@ -244,6 +308,20 @@ def test_the_death_of_the_forkserver_disturbs_no_worker_and_a_new_one_is_there_b
     assert [worker(engine, rank).pid for rank in (0, 2)] == [pids[0], pids[2]]
 
 
+def test_a_forkserver_that_hangs_holds_up_the_head_for_a_moment_only(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "START_SECONDS", 1.0)
+    pid_of(engine, 1)
+    (first,) = forkservers()
+    first.suspend()
+    os.kill(pid_of(engine, 1), signal.SIGKILL)
+    tickets = [engine.submit(SamplingParams(prompt=f"picture {i}", seed=i)) for i in range(6)]
+    assert all(ticket.result(30).media for ticket in tickets)
+    wait_until(lambda: engine.ready, 30.0)
+    assert not lives(first)
+
+
 def test_a_transfer_that_breaks_with_its_peer_is_no_attempt_of_its_request() -> None:
     """Else three deaths in a row, none of them its fault, would fail a request."""
     model = "builtin:timed?encode=0.01&denoise=0.01&decode=0.01&steps=1&conditioning_mb=100&latents_mb=0.1"
@@ -261,3 +339,16 @@ def test_a_transfer_that_breaks_with_its_peer_is_no_attempt_of_its_request() -> 
                 except RequestFailed as error:
                     reasons.append(error.reason)
     assert all("while it was denoised" in reason for reason in reasons), reasons
+
+
+def test_a_temporary_folder_too_long_for_sockets_is_refused_and_the_longest_that_is_not_serves() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        longest = Path(short, "x" * (74 - len(short) - 1))
+        longest.mkdir()
+        check_parent(longest)
+        launch = RunDir(longest)
+        HeadSockets(str(launch.path), "token").flush_and_close(0.0)
+        WorkerSockets(str(launch.path), 99, 99, "token").close(0.0)
+        launch.close()
+    with pytest.raises(StartupError, match="set TMPDIR to a path of at most 74 bytes"):
+        check_parent(Path(f"{longest}x"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -120,6 +122,25 @@ def test_a_dropped_request_is_freed_only_when_the_device_is_done_with_it(rank: R
     rank.device.finish(2)
     assert rank.next(2) == ["StepDone", "Dropped"]
     assert rank.loop.kept_bytes() == 0
+
+
+def test_a_stage_that_was_cancelled_keeps_no_tensor_until_the_garbage_collector_comes(rank: Rank) -> None:
+    encoded(rank)
+    payload = rank.loop._residents["r"].batch.payload
+    assert payload is not None
+    tensor = weakref.ref(payload.tensors[0])
+    del payload
+    gc.disable()
+    try:
+        rank.loop.handle(Denoise(0, "r"))
+        rank.device.finish(1)
+        assert rank.next(1) == ["Started"]
+        rank.loop.handle(Drop(0, "r"))
+        rank.device.finish(3)
+        assert rank.next(3) == ["StepDone", "StepDone", "Dropped"]
+        assert tensor() is None
+    finally:
+        gc.enable()
 
 
 def test_a_file_is_made_beside_the_next_stage(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,3 +150,18 @@ def test_on_a_cpu_a_call_is_made_at_once() -> None:
     progress.then(calls.named("a"), step=True)
     assert [name for name, _ in calls.made] == ["a"]
     progress.pace()
+
+
+def test_the_thread_that_waits_for_a_gpu_is_that_gpus_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none is set, what it waits with makes a context on the first one."""
+    named: list[tuple[str, torch.device]] = []
+    set_on = threading.Event()
+
+    def set_device(device: torch.device) -> None:
+        named.append((threading.current_thread().name, device))
+        set_on.set()
+
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    follow_device("denoise", torch.device("cuda", 3), SOON)
+    assert set_on.wait(SOON)
+    assert named == [("progress-denoise", torch.device("cuda", 3))]

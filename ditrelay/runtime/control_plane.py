@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 import zmq
+from msgspec import structs
 
 from ditrelay.runtime.messages import Alive, Command, LogLine, WorkerEvent
 from ditrelay.runtime.payloads import UNREADABLE
@@ -134,7 +135,10 @@ class WorkerSockets:
 
     def emit(self, event: WorkerEvent) -> None:
         """Queue an event to the head; thread-safe, does not wait."""
-        body = self._encoder.encode(event)
+        try:
+            body = self._encoder.encode(event)
+        except UnicodeEncodeError:  # a reason may name a file whose name is no UTF-8
+            body = self._encoder.encode(_escaped(event))
         with self._lock:
             if not self._events.closed:
                 self._events.send_multipart((self._envelope, body))
@@ -173,6 +177,13 @@ class HeadLogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._sockets.emit(LogLine(self._rank, record.name, record.levelno, self.format(record)))
+
+
+def _escaped(event: WorkerEvent) -> WorkerEvent:
+    """The event with all that is no Unicode in its texts written as escapes."""
+    texts = {name: text for name, text in structs.asdict(event).items() if isinstance(text, str)}
+    readable = {name: text.encode(errors="backslashreplace").decode() for name, text in texts.items()}
+    return structs.replace(event, **readable)
 
 
 def opened(frames: Sequence[bytes], token: bytes, extra: int = 0) -> bytes | None:

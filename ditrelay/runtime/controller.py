@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import secrets
-import select
 import threading
 import time
 from concurrent.futures import Future
@@ -24,7 +23,7 @@ from ditrelay.models.card import ModelCard
 from ditrelay.runtime.communication.store import StoreServer
 from ditrelay.runtime.control_plane import HeadSockets
 from ditrelay.runtime.edge_faults import EdgeFaults
-from ditrelay.runtime.launcher import Launcher, ProcessHandle
+from ditrelay.runtime.launcher import Launcher, ProcessHandle, await_end
 from ditrelay.runtime.messages import (
     Action,
     CancelRequest,
@@ -273,10 +272,10 @@ class Controller:
 
     def _spawn(self, rank: int) -> None:
         incarnation = self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
-        self._sockets.open(rank, incarnation)
         try:
+            self._sockets.open(rank, incarnation)
             handle = self._launcher.start(self._spec(rank, incarnation))
-        except OSError as error:
+        except (OSError, zmq.ZMQError) as error:  # as where the clients have all file descriptors
             self._lose(rank, f"its process could not be started: {error}")
             return
         self._processes[rank] = _Process(handle, incarnation, time.monotonic())
@@ -375,7 +374,7 @@ class Controller:
             self._sockets.send(Shutdown(rank))
         until = time.monotonic() + SHUTDOWN_SECONDS
         for process in self._processes.values():
-            select.select([process.handle.fileno()], [], [], max(0.0, until - time.monotonic()))
+            await_end(process.handle, until - time.monotonic())
             process.handle.kill()
             process.handle.close()
         self._processes.clear()

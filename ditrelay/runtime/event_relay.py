@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 
 from ditrelay.runtime.tickets import Progress
@@ -31,7 +32,8 @@ class EventRelay:
         self._waiting.append(progress)
         if progress.state.ended or not self._resting:
             self._resting = True
-            self._loop.call_soon_threadsafe(self._pass_on)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                self._loop.call_soon_threadsafe(self._pass_on)
 
     def _pass_on(self) -> None:
         while self._waiting:

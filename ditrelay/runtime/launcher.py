@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
+from ditrelay.errors import ConfigError
+from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.worker_spec import WorkerSpec
 
 logger = logging.getLogger(__name__)
 
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
+START_SECONDS = 10.0  # for a process from a forkserver that has imported all, which takes milliseconds
 _STATUS_SECONDS = 0.2
 _START_LOCK = threading.Lock()
 # All ranks are of one host, so that what they listen on need not be seen from others.
@@ -46,6 +52,13 @@ class ProcessHandle(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def await_end(handle: ProcessHandle, seconds: float) -> None:
+    """Return when the process has ended, or after ``seconds``."""
+    end = select.poll()  # ``select.select`` refuses the descriptors of a server with a thousand clients
+    end.register(handle.fileno(), select.POLLIN)
+    end.poll(max(0, round(seconds * 1000)))
 
 
 class Launcher(Protocol):
@@ -109,33 +122,50 @@ class LocalLauncher:
         if device_type == "cpu":
             self._context = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload(list(preload))
-            with _START_LOCK, _environment(_ENVIRONMENT["cpu"]):
+            with _START_LOCK, _environment(_ENVIRONMENT["cpu"] | _search_path()), no_interrupts():
                 forkserver.ensure_running()  # it imports while the head does other things
         else:
             self._context = multiprocessing.get_context("spawn")
-        self._environment = {"TOKENIZERS_PARALLELISM": "false", **_ENVIRONMENT[device_type]}
+        self._environment = {"TOKENIZERS_PARALLELISM": "false", **_ENVIRONMENT[device_type], **_search_path()}
         self._uses_forkserver = device_type == "cpu"
         self._forkserver: int | None = None  # its pid, once it has started a worker
 
     def start(self, spec: WorkerSpec) -> ProcessHandle:
         process = self._context.Process(target=_run, args=(spec,), name=f"ditrelay-{spec.rank}", daemon=True)
         try:
-            with _START_LOCK, _environment(self._environment), _no_main_module():
+            with _START_LOCK, _environment(self._environment), no_interrupts(), _no_main_module(), self._watched():
                 process.start()
         except EOFError as error:
-            raise OSError("the forkserver died while it started the process") from error
-        handle = LocalProcess(process)
+            raise OSError("the forkserver died, or hung, while it started the process") from error
+        try:
+            handle = LocalProcess(process)
+        except OSError:  # no file descriptor is left to watch it by, and nobody would know of it
+            process.kill()
+            raise
         if self._uses_forkserver and self._forkserver is None:
             with contextlib.suppress(OSError):  # the worker is gone already
                 self._forkserver = int(_stat(handle.pid)[1])
         return handle
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Inside, a forkserver that has started workers before and does no more is killed: else its answer is waited
+        for without an end, and the head stands still.
+        """
+        watch = threading.Timer(START_SECONDS, _kill_child, (self._forkserver,))
+        if self._forkserver is not None:
+            watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
 
     def tend(self) -> None:
         """Replace a dead forkserver at once: it imports for seconds, and a worker that needs it then would wait."""
         if self._forkserver is not None and _is_dead(self._forkserver):
             logger.warning("the forkserver died; no worker needs it to live, a new one is started")
             self._forkserver = None
-            with _START_LOCK, _environment(_ENVIRONMENT["cpu"]):
+            with _START_LOCK, _environment(_ENVIRONMENT["cpu"] | _search_path()), no_interrupts():
                 forkserver.ensure_running()
 
 
@@ -143,8 +173,15 @@ def _is_dead(child: int) -> bool:
     """Whether a child of this process has ended, waited for (by another launcher of this process) or not."""
     try:
         return _stat(child)[0] == "Z"
-    except OSError:
-        return True
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ESRCH)  # else it can't be told, for want of a file descriptor
+
+
+def _kill_child(pid: int) -> None:
+    """Does nothing where it is gone, even if its number is another's by now."""
+    with contextlib.suppress(OSError):
+        if int(_stat(pid)[1]) == os.getpid():
+            os.kill(pid, signal.SIGKILL)
 
 
 def _stat(pid: int) -> list[str]:
@@ -171,6 +208,32 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
             del os.environ[name]
 
 
+def _search_path() -> dict[str, str]:
+    """Python looks for a child's modules in the current folder first: a ``queue.py`` there, and none would start.
+
+    Where this process does not look there, its children don't.
+    """
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:  # it was removed: nothing is found there
+        return {}
+    return {} if sys.path[:1] in ([""], [here]) else {"PYTHONSAFEPATH": "1"}
+
+
+@contextlib.contextmanager
+def no_interrupts() -> Iterator[None]:
+    """Ctrl-C reaches every process of a terminal. Those started inside leave it to the head, also while they import.
+
+    What this thread gets of it inside the block comes at its end.
+    """
+    resource_tracker.ensure_running()  # else multiprocessing starts it inside, and lets Ctrl-C in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @contextlib.contextmanager
 def _no_main_module() -> Iterator[None]:
     """Keep multiprocessing from running the caller's script again in each worker.
@@ -185,3 +248,28 @@ def _no_main_module() -> Iterator[None]:
         yield
     finally:
         main.update(hidden)
+
+
+def resolve_device(args: ServerArgs) -> str:
+    """``cpu`` or ``cuda``. Raises ``ConfigError`` where there are fewer GPUs than ranks, or none for CUDA IPC."""
+    count = 0 if args.device == "cpu" else count_gpus()
+    if args.device == "cpu" or (args.device == "auto" and count == 0):
+        if args.transfer_backend == "cuda_ipc":
+            raise ConfigError(
+                "--transfer-backend", "cuda_ipc moves tensors between GPUs; on a CPU allowed: auto, torch"
+            )
+        return "cpu"
+    if count < args.num_gpus:
+        raise ConfigError(
+            "--num-gpus", f"{args.num_gpus} ranks need as many GPUs and there are {count}; or --device cpu"
+        )
+    return "cuda"
+
+
+def count_gpus() -> int:
+    """GPUs that torch can use; torch is imported only where the driver is loaded."""
+    if not NVIDIA_DRIVER.exists():
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

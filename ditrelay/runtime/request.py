@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import enum
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import msgspec
+
+from ditrelay.errors import InvalidRequest
 
 PictureFormat = Literal["png", "jpeg", "webp"]
 
@@ -49,6 +52,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str
     params: SamplingParams
+
+
+def spread(prompt: str | Sequence[str], num_images: int, sampling: dict[str, Any]) -> list[SamplingParams]:
+    """``num_images`` parameter sets for each prompt; with one seed given, number i gets seed + i.
+
+    Raises:
+        InvalidRequest: that would be none.
+    """
+    if num_images < 1:
+        raise InvalidRequest("num_images", f"{num_images} is not allowed; allowed: 1 or more")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    texts = [text for text in prompts for _ in range(num_images)]
+    seed = sampling.pop("seed", None)
+    seeds = [None if seed is None else seed + i for i in range(len(texts))]
+    return [SamplingParams(prompt=text, seed=s, **sampling) for text, s in zip(texts, seeds, strict=True)]
 
 
 class RequestState(enum.StrEnum):

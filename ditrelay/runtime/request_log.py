@@ -114,6 +114,7 @@ class RequestLog:
         """
         self._admission.check(request.params)
         now = time.monotonic()
+        ticket.report(Progress(request.request_id, RequestState.QUEUED, at=now))  # before anybody could end it
         with self._lock:
             if self._closed is not None:
                 raise EngineClosed(self._closed)
@@ -121,7 +122,6 @@ class RequestLog:
                 raise QueueFull(limit, self._retry_after())
             self._queued += 1
             self._entries[request.request_id] = _Entry(request, ticket, RequestClock(now), caller())
-        ticket.report(Progress(request.request_id, RequestState.QUEUED, at=now))
 
     def spans(self) -> list[Span]:
         """The spans of the newest ``KEPT_REQUESTS`` requests, in the order in which they were reported."""

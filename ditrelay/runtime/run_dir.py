@@ -9,8 +9,19 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from ditrelay.errors import StartupError
+
 _PREFIX = "ditrelay-"
 _LOCK = "lock"
+_SOCKET_BYTES = 107  # of a Unix socket's path, at most
+_LONGEST_NAME = f"/{_PREFIX}12345678/commands-99.99"
+
+
+def check_parent(parent: Path | None = None) -> None:
+    """Raises ``StartupError`` where the sockets in a launch's folder would have paths that are too long."""
+    parent, longest = parent or Path(tempfile.gettempdir()), _SOCKET_BYTES - len(_LONGEST_NAME)
+    if len(os.fsencode(parent)) > longest:
+        raise StartupError(f"sockets can't be made in {parent}: set TMPDIR to a path of at most {longest} bytes")
 
 
 class RunDir:

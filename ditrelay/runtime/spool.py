@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 
@@ -39,11 +40,16 @@ class Spool:
 
     def discard_preview(self, request_id: str) -> None:
         """One that is taken is left to its taker."""
-        for file in (self.preview(request_id), self.unfinished_preview(request_id)):
-            file.unlink(missing_ok=True)
+        _remove(self.preview(request_id), self.unfinished_preview(request_id))
 
     def discard(self, request_id: str) -> None:
         """Everything of the request."""
         self.discard_preview(request_id)
-        for file in (self.file(request_id), self.unfinished(request_id), self.taken_preview(request_id)):
-            file.unlink(missing_ok=True)
+        _remove(self.file(request_id), self.unfinished(request_id), self.taken_preview(request_id))
+
+
+def _remove(*files: Path) -> None:
+    """What can't be removed (a disk that failed is read-only from then on) stays: that must not end the head."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -13,6 +14,8 @@ from PIL import Image
 
 from ditrelay.runtime.metrics import Timings
 from ditrelay.runtime.request import Request, RequestState, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Ticket:
         self.params = request.params
         self._cancel = cancel
         self.future: Future[Result] = Future()
+        self.future.set_running_or_notify_cancel()  # only the engine ends it: see ``cancel``
         self._history: list[Progress] = []
         self._subscribers: list[Callable[[Progress], None]] = []
         self._changed = threading.Condition()
@@ -117,7 +121,10 @@ class Ticket:
                 return
 
     def subscribe(self, callback: Callable[[Progress], None]) -> None:
-        """Call ``callback`` with every change, those that were already included. It must be quick: the engine waits."""
+        """Call ``callback`` with every change, those that were already included. It must be quick: the engine waits.
+
+        One that raises is told nothing more.
+        """
         with self._changed:
             for progress in self._history:
                 callback(progress)
@@ -128,9 +135,16 @@ class Ticket:
     def report(self, progress: Progress) -> None:
         with self._changed:
             self._history.append(progress)
-            for callback in self._subscribers:
-                callback(progress)
+            for callback in list(self._subscribers):
+                self._tell(callback, progress)
             self._changed.notify_all()
+
+    def _tell(self, callback: Callable[[Progress], None], progress: Progress) -> None:
+        try:
+            callback(progress)
+        except Exception:  # a client's own: the engine and its other clients' requests go on
+            logger.exception("a subscriber of request %s raised; it is told nothing more", self.request_id)
+            self._subscribers.remove(callback)
 
     def succeed(self, result: Result, at: float) -> None:
         self.future.set_result(result)

@@ -34,7 +34,7 @@ from ditrelay.runtime.control_plane import HeadLogHandler, WorkerSockets, replic
 from ditrelay.runtime.messages import Alive, Command, Heartbeat, Shutdown, WorkerFailed, WorkerUp
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
-from ditrelay.runtime.pipelines_core.executors.lane import Lane
+from ditrelay.runtime.pipelines_core.executors.lane import Lane, finish_device_work
 from ditrelay.runtime.pipelines_core.executors.memory_gauge import gauge_of, resident_bytes
 from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
 from ditrelay.runtime.pipelines_core.executors.painter import LearningDecoder, Painter
@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 LINGER_SECONDS = 2.0
+TERMINATED_SECONDS = 5.0  # that a worker with a SIGTERM goes on without a word of its head
 
 
 def run_worker(spec: WorkerSpec) -> None:
@@ -63,6 +64,7 @@ def run_worker(spec: WorkerSpec) -> None:
     sockets = WorkerSockets(spec.run_dir, spec.rank, spec.incarnation, spec.token)
     _log_to_head(spec, sockets)
     worker = Worker(spec, sockets)
+    signal.signal(signal.SIGTERM, lambda *_: worker.leave_end_to_head())
     threading.Thread(target=worker.load, name="load", daemon=True).start()
     try:
         worker.obey()
@@ -70,7 +72,8 @@ def run_worker(spec: WorkerSpec) -> None:
         logger.debug("rank %d cannot go on", spec.rank, exc_info=True)
         worker.fail(describe(error))
     sockets.close(LINGER_SECONDS)
-    sys.exit(worker.exit_code)
+    if worker.exit_code:
+        os._exit(worker.exit_code)  # a disk, a device or a collective that hangs must not hold up the successor
 
 
 def _log_to_head(spec: WorkerSpec, sockets: WorkerSockets) -> None:
@@ -90,6 +93,7 @@ class Worker:
         self.roles = spec.topology.roles_of(spec.rank)
         self.device = torch.device("cpu") if spec.device_type == "cpu" else torch.device("cuda", spec.rank)
         self.exit_code = 0
+        self._head_seconds = spec.head_seconds
         self._sockets = sockets
         self._stop = threading.Event()
         self._loop: OverlapLoop | None = None
@@ -115,6 +119,7 @@ class Worker:
             # What is loaded stays: the collector need not walk it again and again (a full pass takes 100 ms).
             gc.collect()
             gc.freeze()
+            finish_device_work(self.device)  # lanes have streams of their own, which wait for nothing on this one
             self._report_up(began)
             if self.rank != self.unit.leader:
                 self._follow(adapter)
@@ -242,6 +247,10 @@ class Worker:
 
     # ------------------------------------------------------------ obeying
 
+    def leave_end_to_head(self) -> None:
+        """A service is stopped by a SIGTERM to all of its processes: the head still lets the requests that run end."""
+        self._head_seconds = min(self._head_seconds, TERMINATED_SECONDS)
+
     def obey(self) -> None:
         """Carry out commands and send heartbeats until ``Shutdown``, a failure, or the end of the head."""
         poller = zmq.Poller()
@@ -263,7 +272,7 @@ class Worker:
                     self._shut_down()
                     return
                 self._carry_out(command)
-            if time.monotonic() - heard > self.spec.head_seconds:
+            if time.monotonic() - heard > self._head_seconds:
                 os._exit(1)  # nobody is there to be told why
             if time.monotonic() - beat >= HEARTBEAT_SECONDS:
                 beat = time.monotonic()

@@ -75,9 +75,9 @@ class CudaMemory:
         return record_event(torch.cuda.current_stream(self._device))
 
     def new_slot(self, nbytes: int) -> tuple[torch.Tensor, SlotHandle]:
+        self._driver.bind()  # first: leaving ``stream``, torch would go back to the first GPU and make a context there
         with torch.cuda.stream(self._stream):
             slot = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        self._driver.bind()
         handle, offset = self._driver.export(slot.data_ptr())
         return slot, SlotHandle(handle, offset, nbytes)
 

@@ -45,6 +45,7 @@ class NcclLink:
         return record_event(torch.cuda.current_stream(self._device))
 
     def move(self, job: Job, deadline: float) -> None:
+        torch.cuda.set_device(self._device)  # leaving ``stream``, torch would go back to the first GPU and its context
         try:
             wait_for_event(self._post(job), deadline, self._interrupted)
         except RuntimeError as error:

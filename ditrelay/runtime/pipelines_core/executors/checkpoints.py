@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from ditrelay.errors import CodecError
 from ditrelay.runtime.payloads import State
+from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.progress import Progress, Reached
 from ditrelay.runtime.pipelines_core.executors.state_files import DAMAGED, NOT_WRITTEN, load, save, to_host
 from ditrelay.runtime.spool import Spool
@@ -59,6 +60,9 @@ class Checkpoints:
         except CodecError as error:
             self._refused = True
             logger.warning("no checkpoints are written, so that a denoise that is interrupted starts over: %s", error)
+            return
+        except RuntimeError as error:  # no memory for the copy; after an error of the device the next step fails
+            logger.warning("no checkpoint of request %s after step %d: %s", request_id, step, describe(error))
             return
         self._writing.set()
         progress.then(lambda reached: self._submit(request_id, state, reached))

@@ -49,6 +49,7 @@ class Lane:
         with torch.no_grad(), self._stream():
             while (job := self._jobs.get()[2]) is not None:
                 job()
+                del job  # the next wait must not keep its tensors alive
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         if self._device.type != "cuda":

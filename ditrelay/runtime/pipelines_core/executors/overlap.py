@@ -254,10 +254,11 @@ class OverlapLoop:
     def _ended(self, resident: _Resident, run: StageRun, reached: Reached) -> None:
         """The device is done with all that the stage launched, so nothing uses its tensors any more."""
         run.at, run.inputs = reached.at, ()
-        error = reached.error or run.error
+        error, run.error = reached.error or run.error, None
         if error is None:
             self._succeed(resident, run)
         elif isinstance(error, StageCancelled):
+            del error  # its traceback holds the stage's tensors
             self._free(resident)
         elif reached.error is not None or isinstance(error, ReplicaBroken | torch.AcceleratorError):
             # After an error of the device no call of this process works. The request is tried again elsewhere.
@@ -298,7 +299,6 @@ class OverlapLoop:
         expected = invalid or no_memory
         logger.warning("%s of request %s failed", run.role, request_id, exc_info=None if expected else error)
         reason = invalid.reason if invalid else f"{run.role} failed: {describe(error)}"
-        run.error = None
         resident.batch.state, resident.batch.payload, resident.batch.frames = {}, None, ()
         if no_memory:
             free_after(error)

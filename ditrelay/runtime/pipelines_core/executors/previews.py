@@ -6,6 +6,7 @@ waits for any of this.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -128,7 +129,8 @@ def take_shot(spool: Spool, request: Request) -> Shot | None:
     except DAMAGED:
         return None
     finally:
-        taken.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            taken.unlink()
     match moment:
         case {"step": int(step), "total": int(total)}:
             return Shot(request, step, total, state)

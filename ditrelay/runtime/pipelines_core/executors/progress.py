@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -81,11 +82,19 @@ class DeviceProgress:
         name: names the thread.
         record: an event behind all that is on the lane's stream; told whether a step is what went before.
         timeout: seconds that ``pace`` waits at most.
+        enter: called first on that thread.
     """
 
-    def __init__(self, name: str, record: Callable[[bool], torch.cuda.Event], timeout: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        record: Callable[[bool], torch.cuda.Event],
+        timeout: float,
+        enter: Callable[[], object] = lambda: None,
+    ) -> None:
         self._record = record
         self._timeout = timeout
+        self._enter = enter
         self._marks: queue.SimpleQueue[_Mark] = queue.SimpleQueue()
         self._changed = threading.Condition()
         self._steps_ahead = 0  # guarded by _changed
@@ -109,6 +118,7 @@ class DeviceProgress:
                 raise RuntimeError(f"the device finished no step within {self._timeout:g} s (--stage-timeout)")
 
     def _run(self) -> None:
+        self._enter()
         while True:
             self._follow(self._marks.get())
 
@@ -170,4 +180,5 @@ def follow_device(name: str, device: torch.device, timeout: float) -> Progress:
         event.record(torch.cuda.current_stream(device))
         return event
 
-    return DeviceProgress(name, record, timeout)
+    # A thread that waits for an event while no device is set makes a context on the first GPU, of half a GiB.
+    return DeviceProgress(name, record, timeout, enter=partial(torch.cuda.set_device, device))
