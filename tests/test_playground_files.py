@@ -113,6 +113,7 @@ def test_models_say_what_a_request_may_ask_for():
     [model] = get("/v1/models").json()["data"]
     limits = model["limits"]
     assert (limits["media"], limits["clip"], limits["default_steps"]) == ("image", None, 8)
+    assert (limits["min_steps"], limits["max_steps"], limits["max_guidance_scale"]) == (1, 1000, 1000.0)
     assert limits["size"] == {
         "multiple": 16,
         "max_side": 1024,

@@ -17,11 +17,11 @@ from ditrelay.models.sizes import Sizes, sizes_of
 from ditrelay.models.timed_options import TIMED_PREFIX, TimedOptions
 from ditrelay.runtime.request import PictureFormat, SamplingParams
 
+MAX_GUIDANCE = 1000.0  # far above what any model draws with; far below what turns numbers into NaN, a black picture
 _SEED_LIMIT = 2**63
 _DRAWN_SEED_LIMIT = 2**31  # fits any client's integer type
 _WEBP_SIDE = 16383  # the format has 14 bits for it
 _MAX_PREVIEWS = 10
-_MAX_GUIDANCE = 1000.0  # far above what any model draws with; far below what turns numbers into NaN, a black picture
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -279,8 +279,8 @@ def _check_frames(card: ModelCard, params: SamplingParams) -> None:
 
 def _check_guidance(card: ModelCard, given: SamplingParams, resolved: SamplingParams) -> None:
     scale = resolved.guidance_scale
-    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale <= _MAX_GUIDANCE:
-        raise InvalidRequest("guidance_scale", f"{scale!r} is not allowed; allowed: 0 to {_MAX_GUIDANCE:g}")
+    if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale <= MAX_GUIDANCE:
+        raise InvalidRequest("guidance_scale", f"{scale!r} is not allowed; allowed: 0 to {MAX_GUIDANCE:g}")
     if given.guidance_scale is not None and not card.supports_guidance and scale != card.default_guidance_scale:
         raise InvalidRequest("guidance_scale", "this model has no guidance; leave it out")
     if not resolved.negative_prompt:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from ditrelay.models.card import ModelCard
+from ditrelay.models.card import MAX_GUIDANCE, ModelCard
 
 
 class SizeLimits(BaseModel):
@@ -35,10 +35,12 @@ class ModelLimits(BaseModel):
     size: SizeLimits
     clip: ClipLimits | None = Field(description="Of models that make videos.")
     max_prompt_chars: int
+    min_steps: int
     max_steps: int
     default_steps: int
     guidance: bool = Field(description="Takes guidance_scale.")
     default_guidance_scale: float
+    max_guidance_scale: float
     negative_prompt: bool = Field(description="Takes negative_prompt.")
     needs_image: bool = Field(description="Starts from a picture, always.")
     edits: bool = Field(description="May start from a picture.")
@@ -65,10 +67,12 @@ def limits_of(card: ModelCard) -> ModelLimits:
         ),
         clip=clip if card.media == "video" else None,
         max_prompt_chars=card.max_prompt_chars,
+        min_steps=card.min_steps,
         max_steps=card.max_steps,
         default_steps=card.default_num_inference_steps,
         guidance=card.supports_guidance,
         default_guidance_scale=card.default_guidance_scale,
+        max_guidance_scale=MAX_GUIDANCE,
         negative_prompt=card.supports_negative_prompt,
         needs_image=card.needs_image,
         edits=card.edits,

@@ -115,8 +115,10 @@ export class Form {
     const sides = { min: multiple, step: multiple, max: side };
     Object.assign($("width"), { ...sides, value: width });
     Object.assign($("height"), { ...sides, value: height });
-    Object.assign($("num_inference_steps"), { max: limits.max_steps, placeholder: limits.default_steps });
-    $("guidance_scale").placeholder = limits.default_guidance_scale;
+    const steps = { min: limits.min_steps, max: limits.max_steps, placeholder: limits.default_steps };
+    Object.assign($("num_inference_steps"), steps);
+    const guidance = { max: limits.max_guidance_scale, placeholder: limits.default_guidance_scale };
+    Object.assign($("guidance_scale"), guidance);
     $("prompt").maxLength = limits.max_prompt_chars;
     if (limits.default_strength) $("strength").value = limits.default_strength;
     if (!limits.clip) return;
