@@ -164,6 +164,26 @@ def test_an_edit_keeps_the_pictures_size_or_its_proportions(
     assert params.strength == emoji.default_strength == 0.5
 
 
+@pytest.mark.parametrize(
+    ("sides", "given", "expected"),
+    [
+        ((832, 480), {}, (832, 480)),
+        ((480, 832), {}, (480, 832)),
+        ((50, 50), {}, (624, 624)),
+        ((3000, 1000), {}, (1088, 368)),
+        ((480, 832), {"width": 240}, (240, 416)),
+        ((480, 832), {"width": 64, "height": 32}, (64, 32)),
+    ],
+)
+def test_a_clip_has_the_proportions_of_its_picture_and_as_many_pixels_as_the_default(
+    tiny_root: Path, sides: tuple[int, int], given: dict[str, int], expected: tuple[int, int]
+) -> None:
+    card = load_card(str(tiny_models.build("wan-i2v", tiny_root)))
+    card = msgspec.structs.replace(card, default_width=832, default_height=480, max_side=8192, size_multiple=16)
+    params = card.resolve(SamplingParams(prompt="x", image=picture(*sides), **given))
+    assert (params.width, params.height) == expected
+
+
 def test_a_model_that_edits_no_pictures_refuses_one_and_a_strength() -> None:
     card = load_card("builtin:timed")
     with pytest.raises(InvalidRequest, match="image: this model takes no picture"):

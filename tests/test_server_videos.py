@@ -509,7 +509,7 @@ def test_where_a_role_is_lost_for_good_what_waits_waits_for_the_next_server(use)
 def test_killed_in_the_middle_of_its_jobs_the_next_server_ends_each_once(tmp_path):
     model = tiny_models.build("wan", tmp_path / "model")
     flags = ["--model-path", str(model), "--device", "cpu", "--no-warmup", "--output-dir", str(tmp_path / "out")]
-    body = {"size": "48x48", "num_frames": 9, "num_inference_steps": 150}
+    body = {"size": "48x48", "num_frames": 9, "num_inference_steps": 60}
     with Server(flags) as server:
         made = [
             httpx.post(f"{server.url}{ADDRESS}", json=body | {"prompt": f"a chair {i}"}, timeout=30).json()

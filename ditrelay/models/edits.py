@@ -33,23 +33,27 @@ class Rules(Protocol):
 
 
 def starting_size(rules: Rules, params: SamplingParams) -> tuple[int | None, int | None]:
-    """Height and width that ``params`` ask for; where the model edits pictures and one is given, none is ``None``.
+    """Height and width that ``params`` ask for; where the model takes a picture and one is given, none is ``None``.
 
-    A picture keeps its size, rounded to what the model takes; with more pixels than the model's default size it is
-    made smaller, in its proportions. A single side that is given decides the other.
+    An edited picture keeps its size, rounded to what the model takes; with more pixels than the model's default size it
+    is made smaller, in its proportions. A clip has as many pixels as the default, in the proportions of its picture. A
+    single side that is given decides the other.
 
     Raises:
         InvalidRequest: the picture's file is not one.
     """
     height, width = params.height, params.width
-    if not rules.edits or params.image is None or (height is not None and width is not None):
+    takes_picture = rules.edits or rules.needs_image
+    if not takes_picture or params.image is None or (height is not None and width is not None):
         return height, width
     picture = read_picture(params.image)
     if height is not None:
         return height, _fitting(rules, height * picture.width / picture.height)
     if width is not None:
         return _fitting(rules, width * picture.height / picture.width), width
-    scale = min(1.0, math.sqrt(rules.default_height * rules.default_width / (picture.width * picture.height)))
+    scale = math.sqrt(rules.default_height * rules.default_width / (picture.width * picture.height))
+    if rules.edits:
+        scale = min(1.0, scale)
     return _fitting(rules, picture.height * scale), _fitting(rules, picture.width * scale)
 
 
