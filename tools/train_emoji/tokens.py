@@ -1,8 +1,8 @@
-"""The image model's tokenizer, learned from the captions, and captions as padded token rows."""
+"""Tokenizers learned from the captions: what both models share, the image model's, and its captions as token rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -15,8 +15,8 @@ PADDING, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = f"{{% for m in messages %}}{START}{{{{ m['content'] | trim }}}}{END}{{% endfor %}}"
 
 
-def make_tokenizer(captions: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of these captions, blind to case and accents, with the template Z-Image needs."""
+def byte_pairs(captions: Iterable[str], vocabulary: int, special: Sequence[str]) -> Tokenizer:
+    """A byte-level BPE tokenizer of these captions, blind to case and accents; ``special`` tokens come first."""
     tokenizer = Tokenizer(models.BPE())
     steps = [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
     tokenizer.normalizer = normalizers.Sequence(steps)
@@ -26,11 +26,20 @@ def make_tokenizer(captions: Sequence[str], vocabulary: int) -> PreTrainedTokeni
         vocab_size=vocabulary,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
-        special_tokens=[PADDING, START, END],
+        special_tokens=list(special),
     )
     tokenizer.train_from_iterator(captions, trainer)
+    return tokenizer
+
+
+def make_tokenizer(captions: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """The image model's, with the template that Z-Image needs."""
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PADDING, eos_token=END, padding_side="right", model_max_length=512
+        tokenizer_object=byte_pairs(captions, vocabulary, (PADDING, START, END)),
+        pad_token=PADDING,
+        eos_token=END,
+        padding_side="right",
+        model_max_length=512,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast

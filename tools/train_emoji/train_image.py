@@ -34,7 +34,16 @@ from tools.train_emoji.layouts import SceneTable, make_table
 from tools.train_emoji.pool import DeviceTable, LatentPool, encode_table
 from tools.train_emoji.sheets import SHOWN_PROMPTS, write_sheet
 from tools.train_emoji.tokens import make_tokenizer, tokenize
-from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer, shared_arguments
+from tools.train_emoji.training import (
+    Budget,
+    Command,
+    Journal,
+    Options,
+    Schedule,
+    Trainer,
+    open_device,
+    shared_arguments,
+)
 from tools.train_emoji.vae import VaeSettings, autocast, latent_means, make_vae, train_vae
 
 VALIDATION_SEED = 999_999
@@ -44,27 +53,13 @@ PATCHES_PER_LATENT = 2
 VAE_SHRINKS = 4
 
 
-@dataclass
-class Workshop:
-    """What every stage needs: the settings, the emoji, the scenes of this command, the device, and the log."""
+@dataclass(frozen=True)
+class Workshop(Command):
+    """What every stage needs: the command, the emoji, and the scenes of this command."""
 
-    args: argparse.Namespace
     emoji: EmojiSet
     scenes: SceneTable
     checks: SceneTable
-    device: torch.device
-    journal: Journal
-
-    @property
-    def work(self) -> Path:
-        """The folder that outlives the command."""
-        folder: Path = self.args.work
-        return folder
-
-    @property
-    def compiled(self) -> bool:
-        """Whether training steps are compiled."""
-        return self.device.type == "cuda" and not self.args.no_compile
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -95,14 +90,9 @@ def open_workshop(args: argparse.Namespace) -> Workshop:
     emoji = load_emoji(args.data).first(args.emoji)
     scenes = make_table(emoji.emoji, args.pool, args.seed)
     checks = make_table(emoji.emoji, args.validation_scenes, VALIDATION_SEED)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    # What can't be compiled runs as it is: slower, but a rented GPU's hour isn't lost.
-    torch._dynamo.config.suppress_errors = True
+    device = open_device(args.seed)
     journal.write("scenes drawn up", emoji=len(emoji), scenes=len(scenes), device=str(device), torch=torch.__version__)
-    return Workshop(args, emoji, scenes, checks, device, journal)
+    return Workshop(args, device, journal, emoji, scenes, checks)
 
 
 def prepare_tokenizer(shop: Workshop) -> PreTrainedTokenizerFast:

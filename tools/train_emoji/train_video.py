@@ -25,7 +25,16 @@ from tools.train_emoji.dataset import load_emoji
 from tools.train_emoji.drawing import Drawer
 from tools.train_emoji.export import weights_megabytes
 from tools.train_emoji.motions import ClipDrawer, ClipTable, make_clip_table
-from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer, shared_arguments
+from tools.train_emoji.training import (
+    Budget,
+    Command,
+    Journal,
+    Options,
+    Schedule,
+    Trainer,
+    open_device,
+    shared_arguments,
+)
 from tools.train_emoji.vae import autocast
 from tools.train_emoji.video_export import export_video_model, write_samples
 from tools.train_emoji.video_model import (
@@ -60,36 +69,18 @@ DIVERGED_ABOVE = 6.0
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """What every stage needs: the settings, the clips of this command, their captions as tokens, and the log.
+class Workshop(Command):
+    """What every stage needs: the command, its clips, and their captions as tokens.
 
     The last row of ``tokens`` and ``lengths`` is the empty caption.
     """
 
-    args: argparse.Namespace
     widths: Widths
     source: ClipSource
     tokenizer: PreTrainedTokenizerFast
     tokens: Tensor
     lengths: Tensor
-    journal: Journal
     deadline: float
-
-    @property
-    def work(self) -> Path:
-        """The folder that outlives the command."""
-        folder: Path = self.args.work
-        return folder
-
-    @property
-    def compiled(self) -> bool:
-        """Whether training steps are compiled."""
-        return self.device.type == "cuda" and not self.args.no_compile
-
-    @property
-    def device(self) -> torch.device:
-        """Where the training runs."""
-        return self.source.device
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -119,17 +110,12 @@ def open_workshop(args: argparse.Namespace) -> Workshop:
     widths = TRIAL_WIDTHS if args.trial else Widths()
     tokenizer = prepare_tokenizer(args.work / "tokenizer", table, widths)
     tokens, lengths = tokenize(tokenizer, [*table.captions, ""])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
+    device = open_device(args.seed)
     random.seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
-    # What can't be compiled runs as it is: slower, but a rented GPU's hour isn't lost.
-    torch._dynamo.config.suppress_errors = True
     source = ClipSource.of(table, ClipDrawer(Drawer(emoji.pictures, device, args.size), FRAMES))
     journal.write("clips made up", emoji=len(emoji), clips=len(table), longest=int(lengths.max()), device=str(device))
     deadline = journal.started + args.command_seconds - args.reserve_seconds
-    return Workshop(args, widths, source, tokenizer, tokens.to(device), lengths.to(device), journal, deadline)
+    return Workshop(args, device, journal, widths, source, tokenizer, tokens.to(device), lengths.to(device), deadline)
 
 
 def prepare_tokenizer(folder: Path, table: ClipTable, widths: Widths) -> PreTrainedTokenizerFast:

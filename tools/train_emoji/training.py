@@ -43,6 +43,16 @@ def shared_arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def open_device(seed: int) -> torch.device:
+    """The GPU, else the CPU, set up for speed; random numbers start at ``seed``."""
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    # What can't be compiled runs as it is: slower, but a rented GPU's hour isn't lost.
+    torch._dynamo.config.suppress_errors = True
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class Journal:
     """Progress for people on standard output, and for programs as JSON lines in ``log.jsonl`` of a folder."""
 
@@ -63,6 +73,26 @@ class Journal:
 
 def _short(value: float | int | str) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a training: its settings (``shared_arguments`` and more), where it runs, and its log."""
+
+    args: argparse.Namespace
+    device: torch.device
+    journal: Journal
+
+    @property
+    def work(self) -> Path:
+        """The folder that outlives the command."""
+        folder: Path = self.args.work
+        return folder
+
+    @property
+    def compiled(self) -> bool:
+        """Whether training steps are compiled."""
+        return self.device.type == "cuda" and not self.args.no_compile
 
 
 @dataclass(frozen=True)

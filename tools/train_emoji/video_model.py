@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from tools.train_emoji.tokens import byte_pairs
 
 FRAMES = 9
 SIZE = 96
@@ -131,19 +133,7 @@ def _turn_from_padding(attention: Any) -> None:
 
 def build_tokenizer(captions: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """A byte-pair tokenizer that ends every prompt with an end token, as T5's do."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        special_tokens=[PAD_TOKEN, END_TOKEN],
-    )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer = byte_pairs(captions, vocabulary, (PAD_TOKEN, END_TOKEN))
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END_TOKEN}", special_tokens=[(END_TOKEN, 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
