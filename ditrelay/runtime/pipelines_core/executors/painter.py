@@ -107,7 +107,11 @@ class Painter:
         """Nothing of a shot is kept."""
 
     def _make(self, request: Request, until: float) -> None:
-        shot = take_shot(self._spool, request)
+        try:
+            shot = take_shot(self._spool, request)
+        except Exception as error:  # noqa: BLE001 - whatever it was, the head waits for an answer
+            logger.warning("a preview of request %s can't be read: %s", request.request_id, describe(error))
+            shot = None
         if shot is None:
             self._emit(Previewed(self._rank, request.request_id, 0, 0, None, time.monotonic()))
         elif self._may_decode(request.params, until):
