@@ -105,6 +105,18 @@ def test_without_a_shot_a_preview_comes_to_nothing(easel: Easel) -> None:
     assert easel.paint().jpeg is None
 
 
+def test_a_shot_that_can_not_be_read_is_answered_whatever_it_was(easel: Easel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Shot:
+        raise AttributeError("no")
+
+    easel.decoder.decode([request()], as_state(picture(1)[0]))
+    with monkeypatch.context() as broken_spool:
+        broken_spool.setattr(painter_module, "take_shot", broken)
+        assert easel.paint().jpeg is None
+    easel.shoot(picture(2)[0])
+    assert easel.paint().jpeg is not None
+
+
 def test_a_size_that_is_decoded_quickly_is_decoded(easel: Easel) -> None:
     easel.decoder.decode([request()], as_state(picture(1)[0]))
     grid, pixels = picture(2)

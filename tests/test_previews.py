@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,33 @@ def test_a_shot_of_another_request_or_a_damaged_one_is_none(spool: Spool) -> Non
     spool.preview("r").write_bytes(b"not a file of tensors")
     assert take_shot(spool, request()) is None
     assert list(spool.folder.iterdir()) == []
+
+
+def test_a_shot_that_goes_while_it_is_read_is_none(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head removes what a cancelled request has; safetensors opens the file, and then torch does."""
+    opened = torch.UntypedStorage.from_file
+    removed: list[object] = []
+
+    def goes(*args: object, **options: object) -> object:
+        removed.append(spool.discard("r"))
+        return opened(*args, **options)
+
+    SpoolOutlet(3, spool, lambda event: None).put(Shot(request(), 2, 8, as_state(torch.zeros(2, 2, 3))))
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", goes)
+    assert take_shot(spool, request()) is None and removed
+    assert list(spool.folder.iterdir()) == []
+
+
+def test_a_shot_that_goes_while_it_is_written_is_not_told_of(spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, said = os.replace, list[WorkerEvent]()
+
+    def goes(*files: Path) -> None:
+        spool.discard("r")
+        replace(*files)
+
+    monkeypatch.setattr(os, "replace", goes)
+    SpoolOutlet(3, spool, said.append).put(Shot(request(), 2, 8, as_state(torch.zeros(2, 2, 3))))
+    assert said == [] and list(spool.folder.iterdir()) == []
 
 
 def test_nothing_of_a_request_stays_in_the_spool(spool: Spool) -> None:

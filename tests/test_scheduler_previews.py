@@ -8,6 +8,7 @@ from scheduler_desk import ONE_AND_ONE, SPLIT, TWO_AND_ONE, Desk
 from ditrelay.runtime.messages import Action, Kill
 from ditrelay.runtime.preview_messages import Preview, Previewed, PreviewTaken
 from ditrelay.runtime.request import RequestState
+from ditrelay.runtime.scheduling.previews import ANSWER_SECONDS
 
 DENOISING = RequestState.DENOISING
 
@@ -155,6 +156,64 @@ def test_a_request_that_is_cancelled_does_not_wait_for_its_preview() -> None:
     assert answer(desk, "a", rank=2) == ["b"]
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_an_answer_that_never_comes_costs_that_request_its_previews_and_no_other(
+    cancelled: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = Desk(*TWO_AND_ONE)
+    desk.bring("a", DENOISING)
+    desk.bring("b", DENOISING)
+    assert take(desk, "a") == ["a"] and take(desk, "b") == []
+    if cancelled:
+        desk.cancel("a")
+        desk.dropped("a", 0, 1, 2)
+        assert desk.state("a") is None
+    desk.wait(ANSWER_SECONDS - 1.0)
+    assert asked(desk) == [] and not caplog.records
+    desk.wait(1.0)
+    assert asked(desk) == ["b"]
+    (warning,) = caplog.messages
+    assert "non_dit 2 did not answer for a preview of request a within 30 s" in warning
+    desk.wait(ANSWER_SECONDS - 1.0)
+    assert answer(desk, "b", rank=2) == []
+    if not cancelled:
+        assert take(desk, "a", 2) == [], "it would be mistaken for the one that did not come"
+    assert take(desk, "b", 2) == ["b"] and len(caplog.records) == 1
+    assert not desk.of(Kill, desk.log)
+
+
+def test_an_answer_that_comes_too_late_does_no_harm() -> None:
+    desk = Desk(*TWO_AND_ONE)
+    desk.bring("a", DENOISING)
+    desk.bring("b", DENOISING)
+    assert take(desk, "a") == ["a"]
+    desk.wait(ANSWER_SECONDS)
+    assert take(desk, "a", 2) == []
+    assert take(desk, "b") == ["b"]
+    assert answer(desk, "a", rank=2) == take(desk, "b", 2) == [], "the one of b is still made"
+    assert answer(desk, "b", rank=2) == ["b"]
+    desk.wait(ANSWER_SECONDS)
+    assert answer(desk, "b", rank=2) == take(desk, "b", 3) == []
+    assert not desk.scheduler._previews._made
+
+
+def test_work_that_a_decoder_does_before_a_preview_is_not_counted_against_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    desk = Desk(*ONE_AND_ONE)
+    desk.bring("a", DENOISING)
+    assert take(desk, "a") == ["a"]
+    desk.submit("b")
+    desk.started("b", "encode")
+    desk.wait(2 * ANSWER_SECONDS)
+    desk.encoded("b")
+    assert take(desk, "a", 2) == []
+    desk.wait(ANSWER_SECONDS - 1.0)
+    assert answer(desk, "a", rank=1) == ["a"] and not caplog.records
+    desk.wait(ANSWER_SECONDS)
+    assert len(caplog.records) == 1
+
+
 def test_a_preview_holds_no_stage_up() -> None:
     desk = Desk(*ONE_AND_ONE)
     desk.bring("a", DENOISING)
@@ -180,10 +239,12 @@ def test_a_rank_that_dies_of_a_preview_gets_no_other_of_that_request() -> None:
     assert take(desk, "b") == ["b"]
 
 
-def test_a_preview_that_hangs_costs_the_rank_and_not_the_request_behind_it() -> None:
+@pytest.mark.parametrize("before", [0.0, ANSWER_SECONDS], ids=["waited for", "given up"])
+def test_a_preview_that_hangs_costs_the_rank_and_not_the_request_behind_it(before: float) -> None:
     desk = Desk(*SPLIT, hang_timeout=10.0, stage_timeout=600.0)
     desk.bring("a", DENOISING)
     assert take(desk, "a") == ["a"]
+    desk.wait(before)
     desk.denoised("a")
     desk.received("a")
     assert desk.state("a") is RequestState.AT_DECODER

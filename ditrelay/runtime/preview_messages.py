@@ -10,8 +10,8 @@ from ditrelay.runtime.request import Request
 class Preview(msgspec.Struct, frozen=True, tag=True):
     """Make a picture of what a denoise elsewhere left in the spool, once nothing else is to do; answer ``Previewed``.
 
-    At most one is out per rank. The rank holds nothing of ``request`` for it. ``spare``: seconds in which no other work
-    for the rank is expected.
+    At most one is out per rank, but for those that the head has given up. The rank holds nothing of ``request`` for it.
+    ``spare``: seconds in which no other work for the rank is expected.
     """
 
     rank: int

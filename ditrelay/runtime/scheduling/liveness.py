@@ -218,6 +218,7 @@ class Liveness:
             self._stage_hung(station)
         while (zombie := ledger.drops.due(now)) is not None:
             self._drop_late(zombie)
+        self._previews.tick()
 
     def _transfer_late(self, record: Record) -> None:
         assert record.edge is not None

@@ -6,6 +6,7 @@ newest of a request is the one that counts, and one of it is made at a time, so 
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import islice
 
@@ -15,12 +16,19 @@ from ditrelay.runtime.preview_messages import Preview, Previewed, PreviewTaken
 from ditrelay.runtime.request import Request, RequestState
 from ditrelay.runtime.scheduling.ledger import Ledger, at_worker
 from ditrelay.runtime.scheduling.state import Record, UnitState
+from ditrelay.runtime.scheduling.watches import Watch
+
+logger = logging.getLogger(__name__)
 
 # Of the decoders with the least to do, those that are looked at for one with nothing.
 LOOKED_AT = 8
 
 # With more requests than that there is always something to do soon.
 MANY_REQUESTS = 32
+
+# Seconds that a decoder has for its answer while it has no other work. One takes milliseconds, beside a busy machine or
+# behind what the decoder learns from its last clip a few seconds; what takes longer is hardly worth seeing any more.
+ANSWER_SECONDS = 30.0
 
 
 class Previews:
@@ -30,6 +38,7 @@ class Previews:
         self._ledger = ledger
         self._waiting: dict[Record, None] = {}  # the one that waits for the longest time first
         self._made: set[Record] = set()  # at some unit, just now
+        self._owed: Watch[UnitState] = Watch(ANSWER_SECONDS)
 
     def taken(self, event: PreviewTaken) -> None:
         found = at_worker(self._ledger, event.rank, event.request_id, "denoise")
@@ -47,6 +56,18 @@ class Previews:
         if unit.preview is not None:
             unit.preview.previews = False
             self._end(unit, unit.preview)
+
+    def tick(self) -> None:
+        """Gives up answers that do not come. Of that request no more are made, so one that is only late is in order."""
+        while (unit := self._owed.due(self._ledger.now)) is not None:
+            record = unit.preview
+            assert record is not None, f"unit {unit.leader} owes no preview"
+            if unit.load:  # which goes first there, so its time is not the preview's
+                self._owed.start(unit, self._ledger.now)
+                continue
+            record.previews = False
+            waited = f"did not answer for a preview of request {record.id} within {ANSWER_SECONDS:g} s"
+            logger.warning("%s %s; it is asked for those of other requests", unit.unit, waited)
 
     def pump(self) -> None:
         """Gives previews that wait to decoders that idle."""
@@ -67,13 +88,17 @@ class Previews:
         return [unit for unit in units if unit.idles]
 
     def _begin(self, unit: UnitState, record: Record) -> None:
+        if unit.preview is not None:  # which was given up
+            self._end(unit, unit.preview)
         unit.preview = record
         self._made.add(record)
+        self._owed.start(unit, self._ledger.now)
         self._ledger.out.append(Preview(unit.leader, _without_picture(record.request), self._spare()))
 
     def _end(self, unit: UnitState, record: Record) -> None:
         unit.preview = None
         self._made.discard(record)
+        self._owed.stop(unit)
 
     def _spare(self) -> float:
         """Seconds until a decoder gets work, as far as can be told: what is next are the decodes of what denoises."""

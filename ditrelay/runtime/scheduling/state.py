@@ -122,7 +122,7 @@ class Record:
         step: of its denoise, the one done last.
         ran_out: of memory, once: the next time it fails.
         alone: where it is tried again with nothing else on the unit.
-        previews: its previews are made; no more after one whose maker was lost with it.
+        previews: its previews are made; no more after one whose maker was lost with it, or did not answer.
     """
 
     request: Request
@@ -272,7 +272,8 @@ class UnitState:
         restarted: how often it was to be restarted.
         reason: why it is down or failed.
         alone: requests that ran out of memory here, to be tried again one by one; until then no other comes.
-        preview: the request of which a preview is made here.
+        preview: the request of which a preview is made here. One that was given up stays until another takes its place:
+            should it hold work up, that is found out early.
     """
 
     unit: Unit
@@ -300,8 +301,9 @@ class UnitState:
 
     @property
     def idles(self) -> bool:
-        """It has no work, nor is any on the way to it."""
-        return self.status == "up" and not self.load and not self.alone and self.preview is None
+        """It has no work, nor is any on the way to it, and no preview is waited for."""
+        waited_for = self.preview is not None and self.preview.previews
+        return self.status == "up" and not self.load and not self.alone and not waited_for
 
     @property
     def is_quiet(self) -> bool:

@@ -134,9 +134,9 @@ class Painter:
             (frames,) = self._decoder.decode([shot.request], shot.state)
         except Exception as error:
             logger.debug("a preview of request %s failed", shot.request.request_id, exc_info=True)
+            self._answer(shot, None)
             if isinstance(error, torch.OutOfMemoryError):
                 free_after(error)
-            self._answer(shot, None)
         else:
             self._thread.submit(self._show, shot, lambda: frames[0])
 

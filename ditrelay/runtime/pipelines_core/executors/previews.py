@@ -111,7 +111,10 @@ class SpoolOutlet:
         unfinished = self._spool.unfinished_preview(request_id)
         moment = StateValue({"step": shot.step, "total": shot.total})
         save(unfinished, request_id, {**shot.state, _SHOT: moment}, checksum=False)
-        os.replace(unfinished, self._spool.preview(request_id))
+        try:
+            os.replace(unfinished, self._spool.preview(request_id))
+        except FileNotFoundError:
+            return  # the request has ended, and the head has removed what there was of it
         self._emit(PreviewTaken(self._rank, request_id, shot.step))
 
     def forget(self, request_id: str) -> None:

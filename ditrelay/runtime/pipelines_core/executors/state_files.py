@@ -21,6 +21,7 @@ DAMAGED = (
     SafetensorError,
     CodecError,
     TransferCorrupt,
+    RuntimeError,  # torch opens the file once more, by its name: it may be gone by then
     KeyError,
     TypeError,
     ValueError,
