@@ -19,7 +19,7 @@ from PIL import Image
 
 from ditrelay.errors import ConfigError, EngineClosed, RequestFailed, StartupError
 from ditrelay.models.card import ModelCard, check_parallel, load_card
-from ditrelay.models.loading import PRELOAD
+from ditrelay.models.loading import preload
 from ditrelay.runtime.activity import Activity, Watcher, follow
 from ditrelay.runtime.admission import Admission
 from ditrelay.runtime.event_relay import EventRelay
@@ -97,7 +97,7 @@ class Engine:
         if self._controller is not None:
             raise EngineClosed("the engine was started before; make a new one")
         check_parent()
-        launcher = LocalLauncher(self._device_type, _preload(self.card))
+        launcher = LocalLauncher(self._device_type, ("ditrelay.runtime.worker", *preload(self.card)))
         # Imported here: it takes the head two seconds (torch), during which the workers' imports are under way.
         with no_interrupts():  # half imported, torch can't be imported again
             from ditrelay.runtime.controller import Controller
@@ -384,8 +384,3 @@ def _grey_picture(card: ModelCard) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (card.default_width, card.default_height), (128, 128, 128)).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _preload(card: ModelCard) -> tuple[str, ...]:
-    """What workers need: with the timed model no diffusers, which takes seconds to import."""
-    return ("ditrelay.runtime.worker", *(() if card.adapter == "timed" else PRELOAD))

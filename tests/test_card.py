@@ -18,7 +18,9 @@ from picture_samples import picture
 from ditrelay.errors import InvalidRequest, UnsupportedModel
 from ditrelay.models.card import ModelCard, load_card
 from ditrelay.models.folder import ModelFolder, find_folder
+from ditrelay.models.quirks import BUILTINS
 from ditrelay.runtime.request import SamplingParams
+from ditrelay.runtime.server_args import server_flags
 
 PNG = picture(32, 32)
 
@@ -324,8 +326,8 @@ def test_a_damaged_folder_is_refused_naming_the_file(
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("builtin:unheard", "built in: emoji, timed"),
-        ("./no/such/folder", "there is no folder './no/such/folder'"),
+        ("builtin:unheard", "built in: emoji, emoji-video, timed"),
+        ("./no/such/folder", "no folder './no/such/folder'; .* a hub id, builtin:emoji or builtin:emoji-video$"),
         ("nowhere", "there is no folder 'nowhere'"),
         ("~nobody-of-that-name/model", "the folder '~nobody-of-that-name/model' can't be read"),
         ("x" * 300, "can't be read: .*File name too long"),
@@ -334,6 +336,11 @@ def test_a_damaged_folder_is_refused_naming_the_file(
 def test_a_model_path_that_leads_nowhere_is_refused(path: str, message: str) -> None:
     with pytest.raises(UnsupportedModel, match=message):
         load_card(path)
+
+
+def test_the_help_of_the_model_path_names_every_built_in_model() -> None:
+    [flag] = [flag for flag in server_flags() if flag.name == "model_path"]
+    assert [name for name in BUILTINS if f"builtin:{name} " not in flag.spec.help] == []
 
 
 def test_a_hub_id_is_downloaded_without_pickles(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

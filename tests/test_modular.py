@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import io
 import json
 import logging
@@ -33,10 +32,10 @@ from ditrelay.models.card import load_card
 from ditrelay.models.components import compile_blocks, set_attention
 from ditrelay.models.folder import find_folder
 from ditrelay.models.load_spec import LoadSpec
-from ditrelay.models.loading import PRELOAD, load_adapter, resolve_dtype
+from ditrelay.models.loading import PRELOAD, load_adapter, preload, resolve_dtype
 from ditrelay.models.modular import ModularAdapter
 from ditrelay.models.pixels import open_image, to_frames
-from ditrelay.models.quirks import ATTENTION_BACKENDS, family_named
+from ditrelay.models.quirks import ATTENTION_BACKENDS, BUILTINS, family_named
 from ditrelay.models.timed import TimedSession
 from ditrelay.models.values import pack, unpack
 from ditrelay.runtime.payloads import StateValue
@@ -302,9 +301,13 @@ def test_pixels_are_rounded_as_diffusers_rounds_them() -> None:
 # ---------------------------------------------------------------- loading
 
 
-def test_every_module_to_preload_exists() -> None:
-    for name in PRELOAD:
-        importlib.import_module(name)
+@pytest.mark.parametrize("model", [f"builtin:{name}" for name in BUILTINS])
+def test_what_is_preloaded_exists_and_says_nothing(model: str) -> None:
+    names = preload(load_card(model))
+    assert len(names) > len(PRELOAD)
+    code = f"import importlib; [importlib.import_module(name) for name in {names}]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_dtype_auto_depends_on_the_device() -> None:

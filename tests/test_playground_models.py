@@ -72,6 +72,16 @@ def test_a_clip_is_cancelled_in_the_middle_and_the_next_one_is_made(browser, cli
     assert {video["prompt"]: video["status"] for video in videos[:2]} == {"a hare": "completed", "a snail": "cancelled"}
 
 
+def test_the_built_in_model_makes_a_clip_of_its_only_size_from_a_prompt(browser, tmp_path):
+    flags = ("--model-path", "builtin:emoji-video", "--device", "cpu", "--no-warmup", "--output-dir", str(tmp_path))
+    with KeyedServer(*flags) as server, watched_page(browser, server.url) as page:
+        assert page.locator("#shape option").all_inner_texts() == ["Square (96 × 96)"]
+        assert page.get_attribute("#seconds", "placeholder") == "1.5"
+        ask(page, "a cat moving to the left")
+        page.wait_for_selector(".card.done video")
+        until(page, "document.querySelector('.card.done video').videoWidth === 96")
+
+
 def test_a_picture_starts_from_one_of_the_gallery(browser):
     with (
         KeyedServer("--model-path", "builtin:emoji", "--device", "cpu", "--no-warmup") as server,

@@ -169,7 +169,7 @@ def test_a_video_model_is_refused_and_what_it_makes_is_said(tmp_path):
     args = ServerArgs(served_model_name="tiny", output_dir=str(tmp_path))
     error = error_of(post(FakeEngine(args, media="video"), prompt="a cat"), 400)
     assert error["param"] == "model"
-    assert "'tiny' makes videos" in error["message"]
+    assert "'tiny' makes videos" in error["message"] and error["message"].endswith("such as builtin:emoji")
 
 
 def test_a_full_queue_is_429_with_retry_after():

@@ -337,7 +337,8 @@ def test_a_model_that_makes_pictures_is_refused_at_every_address(tmp_path):
             calls = [client.post(ADDRESS, json={"prompt": "a"}), client.get(ADDRESS), client.get(f"{ADDRESS}/x")]
             for answer in await asyncio.gather(*calls):
                 assert error_of(answer)["code"] == "unsupported_model"
-                assert "'tiny' makes images" in answer.json()["error"]["message"]
+                assert "'tiny' makes images" in (message := answer.json()["error"]["message"])
+                assert message.endswith("such as builtin:emoji-video")
         assert not (tmp_path / "none").exists()
 
     asyncio.run(main())

@@ -12,8 +12,9 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
-from tools.train_emoji import train_video
+from tools.train_emoji import finish_video, train_video
 from tools.train_emoji.checker import Checker
 from tools.train_emoji.dataset import EmojiSet, load_emoji
 from tools.train_emoji.drawing import Drawer
@@ -52,6 +53,9 @@ SHAPES = {
     "wedge": [(4, 56), (60, 56), (60, 12)],
     "arrow": [(4, 26), (34, 26), (34, 8), (60, 32), (34, 56), (34, 38), (4, 38)],
     "boot": [(8, 4), (26, 4), (26, 40), (58, 44), (58, 60), (8, 60)],
+}
+WEIGHTS = {part: "diffusion_pytorch_model.safetensors" for part in ("vae", "transformer")} | {
+    "text_encoder": "model.safetensors"
 }
 PAINTS = ("firebrick", "seagreen", "goldenrod", "slateblue")
 
@@ -316,3 +320,28 @@ def test_a_training_writes_a_folder_that_the_stock_pipeline_loads_and_the_next_c
     assert second["progress"] == 1 and second["steps"] > first["steps"]
     config = json.loads((tmp_path / "model" / "vae" / "config.json").read_text())
     assert config["latents_std"] == pytest.approx(statistics)
+
+
+def test_finishing_changes_the_decoder_alone_by_half_of_what_it_learned(data: Path, tmp_path: Path) -> None:
+    _train(data, tmp_path)
+    flags = f"--size {SIDE} --clips 12 --batch 2 --seconds 0.5 --no-samples"
+    paths = {"--data": data, "--model": tmp_path / "model", "--work": tmp_path / "finish"}
+    finish_video.main([*(str(part) for pair in paths.items() for part in pair), *flags.split()])
+    before, after = (
+        {part: load_file(folder / part / file) for part, file in WEIGHTS.items()}
+        for folder in (tmp_path / "model", tmp_path / "finish" / "model")
+    )
+    written = [file.read_text() for file in (tmp_path / "finish" / "model").glob("*/*.json")]
+    assert not [text for text in written if str(tmp_path) in text], "it tells where it was made"
+    tokenizer = json.loads((tmp_path / "finish" / "model" / "tokenizer" / "tokenizer.json").read_text())
+    assert tokenizer["truncation"] is None, "the training's shorter captions stayed"
+    learned = load_file(tmp_path / "finish" / "decoder-training" / "best.safetensors")
+    for part, tensors in before.items():
+        for name, old in tensors.items():
+            new = after[part][name].float()
+            best = learned.get(f"decoder.{name.removeprefix('decoder.')}") if name.startswith("decoder.") else None
+            if best is None:
+                assert torch.equal(new, old.float()), name
+            else:
+                torch.testing.assert_close(new, (old.float() + best) / 2, rtol=2e-3, atol=1e-3)
+    assert any(not torch.equal(after["vae"][name], old) for name, old in before["vae"].items())

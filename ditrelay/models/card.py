@@ -12,7 +12,7 @@ from ditrelay.errors import ConfigError, InvalidRequest, UnsupportedModel
 from ditrelay.models.edits import check_start, starting_size, starting_strength
 from ditrelay.models.folder import BUILTIN_PREFIX, ModelFolder, find_folder
 from ditrelay.models.plain import plain
-from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Family, Media, find_family
+from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Builtin, Family, Media, find_family
 from ditrelay.models.sizes import Sizes, sizes_of
 from ditrelay.models.timed_options import TIMED_PREFIX, TimedOptions
 from ditrelay.runtime.request import PictureFormat, SamplingParams
@@ -111,7 +111,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_card(model_path: str, load_format: str = "auto") -> ModelCard:
-    """The card of ``builtin:emoji``, ``builtin:timed?...``, a diffusers folder, or a hub id (which may be downloaded).
+    """The card of ``builtin:NAME``, ``builtin:timed?...``, a diffusers folder, or a hub id (which may be downloaded).
 
     Args:
         load_format: ``dummy`` needs no weight files.
@@ -137,16 +137,24 @@ def load_card(model_path: str, load_format: str = "auto") -> ModelCard:
     except (TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModel(f"a config.json in {folder.path} has a value of a wrong kind: {error}") from error
     builtin = BUILTINS.get(model_path.removeprefix(BUILTIN_PREFIX)) if model_path.startswith(BUILTIN_PREFIX) else None
-    if builtin is None:
-        return card
+    return card if builtin is None else _as_made(card, builtin)
+
+
+def _as_made(card: ModelCard, builtin: Builtin) -> ModelCard:
+    """The card with the defaults and limits that a built-in model was made for."""
     return msgspec.structs.replace(
         card,
+        size_multiple=builtin.width if builtin.fixed_size else card.size_multiple,
         default_height=builtin.height,
         default_width=builtin.width,
+        default_num_frames=builtin.num_frames,
+        fps=builtin.fps,
         default_num_inference_steps=builtin.steps,
         default_guidance_scale=builtin.guidance,
-        default_strength=builtin.strength,
+        max_side=builtin.width if builtin.fixed_size else card.max_side,
         max_pixels=builtin.max_pixels,
+        max_num_frames=builtin.max_num_frames,
+        default_strength=builtin.strength,
         text_tokens=builtin.text_tokens,
     )
 
@@ -253,10 +261,11 @@ def _check_prompt(card: ModelCard, params: SamplingParams) -> None:
 
 
 def _check_size(card: ModelCard, params: SamplingParams) -> None:
-    sides = []
+    sides, multiple = [], card.size_multiple
+    allowed = str(multiple) if multiple == card.max_side else f"a positive multiple of {multiple}"
     for name, side in (("height", params.height), ("width", params.width)):
-        if not isinstance(side, int) or not _is_int(side) or side < 1 or side % card.size_multiple:
-            raise InvalidRequest(name, f"{side!r} is not allowed; allowed: a positive multiple of {card.size_multiple}")
+        if not isinstance(side, int) or not _is_int(side) or side < 1 or side % multiple:
+            raise InvalidRequest(name, f"{side!r} is not allowed; allowed: {allowed}")
         if side > card.max_side:
             raise InvalidRequest(name, f"{side} pixels; allowed: at most {card.max_side}")
         sides.append(side)

@@ -76,7 +76,8 @@ def find_folder(model_path: str, *, weights: bool = True) -> Path:
         raise UnsupportedModel(f"the folder {model_path!r} can't be read: {error}") from error
     if _HUB_ID.fullmatch(model_path):
         return _download(model_path, weights)
-    raise UnsupportedModel(f"there is no folder {model_path!r}; give a diffusers folder, a hub id or builtin:emoji")
+    builtins = " or ".join(BUILTIN_PREFIX + name for name in BUILTINS)
+    raise UnsupportedModel(f"there is no folder {model_path!r}; give a diffusers folder, a hub id, {builtins}")
 
 
 def _builtin(name: str) -> Path:

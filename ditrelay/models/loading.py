@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ditrelay.errors import ConfigError
@@ -10,20 +12,40 @@ from ditrelay.models.timed_options import TimedOptions
 
 if TYPE_CHECKING:
     from ditrelay.models.adapter import StageAdapter
+    from ditrelay.models.card import ModelCard
 
-# What a forkserver imports so that its workers load fast: everything that loading any supported family imports, and
-# what the built-in model needs.
+# What a forkserver imports so that its workers load fast: everything that loading any supported family imports.
 PRELOAD: tuple[str, ...] = (
     "ditrelay.models.modular",
-    "diffusers.modular_pipelines.z_image.modular_blocks_z_image",
     "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.transformers.transformer_z_image",
     "diffusers.schedulers.scheduling_flow_match_euler_discrete",
-    "transformers.models.qwen3.modeling_qwen3",
     "transformers.tokenization_utils_tokenizers",
 )
 
+# The same for the families of the built-in models, whose start a newcomer waits for.
+_FAMILY_PRELOAD: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "z-image": (
+            "diffusers.modular_pipelines.z_image.modular_blocks_z_image",
+            "diffusers.models.transformers.transformer_z_image",
+            "transformers.models.qwen3.modeling_qwen3",
+        ),
+        # Not its blocks: they would say on stderr, before anybody can hide it, that torchvision is missing.
+        "wan": (
+            "diffusers.models.transformers.transformer_wan",
+            "diffusers.schedulers.scheduling_unipc_multistep",
+            "transformers.models.umt5.modeling_umt5",
+            "av",
+        ),
+    }
+)
+
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def preload(card: ModelCard) -> tuple[str, ...]:
+    """Modules that the workers of this model import: with the timed model no diffusers, which takes seconds."""
+    return () if card.adapter == "timed" else PRELOAD + _FAMILY_PRELOAD.get(card.family, ())
 
 
 def load_adapter(spec: LoadSpec) -> StageAdapter:

@@ -248,24 +248,43 @@ FAMILIES: tuple[Family, ...] = (
 class Builtin:
     """What a model that ships with ditrelay was made for: sizes, steps, guidance, strength, and its largest picture.
 
-    ``text_tokens``: what its prompts are padded or cut to. Padding is masked: the stock pipeline's 512 tokens
-    give the same picture to the last bit and take five times as long to encode.
+    Attributes:
+        fixed_size: height and width, which are the same, are the only ones: of any other it makes nothing to look at.
+        max_num_frames: more than it was trained on, as long as clips stay whole.
+        fps: of a clip, as it was trained.
+        text_tokens: what its prompts are padded or cut to; None: as the stock pipeline does. Only where padding is
+            masked may it differ: then fewer tokens give the same picture to the last bit, and take less time to encode.
     """
 
     height: int
     width: int
     steps: int
     guidance: float
-    strength: float
+    strength: float = 0.0
     max_pixels: int
-    text_tokens: int
+    fixed_size: bool = False
+    num_frames: int = 1
+    max_num_frames: int = 1
+    fps: int = 0
+    text_tokens: int | None = None
 
 
 BUILTINS: Mapping[str, Builtin] = MappingProxyType(
     {
         "emoji": Builtin(
             height=128, width=128, steps=8, guidance=2.0, strength=0.5, max_pixels=512 * 512, text_tokens=128
-        )
+        ),
+        "emoji-video": Builtin(
+            height=96,
+            width=96,
+            steps=8,
+            guidance=2.0,
+            max_pixels=96 * 96,
+            fixed_size=True,
+            num_frames=9,
+            max_num_frames=17,
+            fps=6,
+        ),
     }
 )
 

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class GivenAway:
     """Stands in for a decode block's VAE: gives the frames of each latent frame away when they are decoded.
 
-    Wan's VAE decodes a latent frame at a time (the first makes one frame, every other four) and joins the parts. Here
-    they never are: the file of the first frames is written, and their copy to the host under way, while the device
-    decodes the next. The pixels are the same. The block gets the last part, which nobody looks at.
+    Wan's VAE decodes a latent frame at a time (the first makes one frame, every other four, of the built-in model two)
+    and joins the parts. Here they never are: the file of the first frames is written, and their copy to the host under
+    way, while the device decodes the next. The pixels are the same. The block gets the last part, which nobody sees.
 
     Args:
         vae: an ``AutoencoderKLWan``.
@@ -36,7 +36,7 @@ class GivenAway:
         self.config = vae.config
 
     def decode(self, latents: torch.Tensor, return_dict: bool = False) -> tuple[torch.Tensor]:
-        """As the VAE's, for latents [1, channels, latent frames, height / 8, width / 8]."""
+        """As the VAE's, for latents [1, channels, latent frames, latent height, latent width]."""
         for part in _decode_wan(self._vae, latents):
             self._give(start_to_frames(self._to_unit(part)[0]))
         return (part,)
@@ -48,7 +48,7 @@ def gives_frames(vae: Any) -> bool:
 
 
 def _decode_wan(vae: Any, latents: torch.Tensor) -> Iterator[torch.Tensor]:
-    """``AutoencoderKLWan._decode`` of diffusers 0.42, not joined: [1, channels, 1 or 4 frames, height, width]."""
+    """``AutoencoderKLWan._decode`` of diffusers 0.42, not joined: [1, channels, 1 or more frames, height, width]."""
     vae.clear_cache()
     try:
         hidden = vae.post_quant_conv(latents)

@@ -30,7 +30,12 @@ class ServerArgs:
         ConfigError: a value is wrong; names the flag and what is allowed.
     """
 
-    model_path: str = flag("builtin:emoji", "Model", "Diffusers folder, hub id, or builtin:emoji.", metavar="MODEL")
+    model_path: str = flag(
+        "builtin:emoji",
+        "Model",
+        "Diffusers folder, hub id, builtin:emoji (pictures) or builtin:emoji-video (clips).",
+        metavar="MODEL",
+    )
     served_model_name: str | None = flag(
         None, "Model", "The model's name in the HTTP API; the model path where it isn't given."
     )

@@ -134,7 +134,10 @@ async def get_image_content(file_id: str, context: ContextDep) -> Response:
 
 def _check_draws(engine: AsyncEngine) -> None:
     if engine.card.media != "image":
-        reason = f"{engine.args.model_name!r} makes {engine.card.media}s; this address serves models that make images"
+        reason = (
+            f"{engine.args.model_name!r} makes {engine.card.media}s; this address serves models that make images,"
+            " such as builtin:emoji"
+        )
         raise ApiError(400, f"model: {reason}", param="model", code="unsupported_model")
 
 

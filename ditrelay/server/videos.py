@@ -28,7 +28,8 @@ def _jobs(context: ContextDep) -> Jobs:
     """Raises ``ApiError``: the model makes no videos (400), or the server only begins (503)."""
     if context.engine.card.media != "video":
         reason = (
-            f"{context.model_name!r} makes {context.engine.card.media}s; this address serves models that make videos"
+            f"{context.model_name!r} makes {context.engine.card.media}s; this address serves models that make videos,"
+            " such as builtin:emoji-video"
         )
         raise ApiError(400, f"model: {reason}", param="model", code="unsupported_model")
     if context.jobs is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tools.train_emoji.drawing import Drawer
 from tools.train_emoji.image_model import BatchedModel
 from tools.train_emoji.pool import DRAWN_AT_ONCE, DeviceTable, LatentPool
-from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer
+from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer, blend
 from tools.train_emoji.vae import autocast, picture_loss
 
 GUIDANCE = 2.0
@@ -66,8 +66,9 @@ def remake(finish: Finish, rows: Tensor) -> Tensor:
 
 
 def finish_decoder(vae: AutoencoderKL, finish: Finish, budget: Budget, folder: Path, journal: Journal) -> None:
-    """Trains the decoder within the budget and leaves its best EMA weights in it."""
+    """Trains the decoder within the budget and leaves its best EMA weights in it, blended with those it had."""
     finish.model.eval()
+    before = {name: parameter.detach().clone() for name, parameter in vae.decoder.named_parameters()}
     rows = torch.randperm(len(finish.table), device=finish.drawer.device)[: finish.scenes]
     remade = torch.cat([remake(finish, part).to(torch.bfloat16) for part in _parts(rows, DRAWN_AT_ONCE)])
     held = min(512, len(rows) // 4)
@@ -91,7 +92,10 @@ def finish_decoder(vae: AutoencoderKL, finish: Finish, budget: Budget, folder: P
         journal.write("decoder: before", loss=validate())
     trainer.run(lambda: run(*next(batches)), validate, budget)
     trainer.use_best()
+    blend(vae.decoder, before)
     vae.decoder.eval()
+    with torch.no_grad():
+        journal.write("decoder: blended", loss=validate())
 
 
 def decode_normalised(vae: AutoencoderKL, latents: Tensor) -> Tensor:

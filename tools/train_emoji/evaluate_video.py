@@ -41,7 +41,7 @@ from tools.train_emoji.video_model import FRAMES, SIZE
 
 SEED = 2025
 NOISE = 0.05
-SWEPT = [*product((8,), (2.0, 3.0, 4.5), (2.0, 3.0, 5.0, 8.0)), (4, 3.0, 5.0), (6, 3.0, 5.0), (10, 3.0, 5.0)]
+SWEPT = [*product((8,), (1.5, 2.0, 3.0), (2.0, 3.0, 5.0)), (4, 2.0, 3.0), (6, 2.0, 3.0), (12, 2.0, 3.0)]
 """Steps, guidance and flow shift."""
 Figures = dict[str, float | int]
 

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Model
 
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"
-LOCAL_TOKENIZER_KEYS = ("is_local", "local_files_only", "backend")
+LOCAL_KEYS = ("is_local", "local_files_only", "backend", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,12 @@ def half(module: nn.Module) -> nn.Module:
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Replaces ``folder`` with the pipeline, its tokenizer under a class name that transformers 4 and 5 both know."""
     shutil.rmtree(folder, ignore_errors=True)
+    pipeline.tokenizer.backend_tokenizer.no_truncation()  # it keeps what its last call cut at
     pipeline.save_pretrained(folder, safe_serialization=True)
     _edit_json(folder / "model_index.json", {"tokenizer": ["transformers", TOKENIZER_CLASS]})
     _edit_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": TOKENIZER_CLASS})
+    for file in folder.glob("*/config.json"):
+        _edit_json(file, {})
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(0o644)
@@ -77,6 +80,6 @@ def weights_megabytes(folder: Path) -> float:
 
 def _edit_json(path: Path, values: dict[str, object]) -> None:
     content = json.loads(path.read_text()) | values
-    for key in LOCAL_TOKENIZER_KEYS:
+    for key in LOCAL_KEYS:
         content.pop(key, None)
     path.write_text(json.dumps(content, indent=2) + "\n")

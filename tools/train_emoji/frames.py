@@ -44,11 +44,19 @@ def decode_latents(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """The latents as the transformer sees them: each channel about 0 with a deviation of 1."""
-    mean, deviation = (
-        torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, deviation = _statistics(vae, latents.device)
     return (latents - mean) / deviation
+
+
+def denormalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    """The way back."""
+    mean, deviation = _statistics(vae, latents.device)
+    return latents * deviation + mean
+
+
+def _statistics(vae: AutoencoderKLWan, device: torch.device) -> list[Tensor]:
+    figures = (vae.config.latents_mean, vae.config.latents_std)
+    return [torch.tensor(values, device=device).view(-1, 1, 1, 1) for values in figures]
 
 
 def _to_frames(clips: Tensor) -> Tensor:

@@ -169,6 +169,17 @@ class Ema:
         torch._foreach_copy_(self.means, current)
 
 
+FINISHED_SHARE = 0.5
+"""Of a decoder's finished weights, the rest those it had: the finished ones alone draw small parts too softly."""
+
+
+@torch.no_grad()
+def blend(module: nn.Module, before: Mapping[str, Tensor], share: float = FINISHED_SHARE) -> None:
+    """Mixes the module's parameters with what they were ``before``; ``share`` of them stays as it is now."""
+    for name, parameter in module.named_parameters():
+        parameter.lerp_(before[name], 1 - share)
+
+
 class Trainer:
     """Trains the parameters of ``modules`` that require gradients, with its state in a folder of its own."""
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 from tools.train_emoji.export import half, save_pipeline
 
 STEPS = 8
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 FLOW_SHIFT = 5.0
 FRAMES_PER_SECOND = 6
 SHOWN = (

@@ -91,7 +91,7 @@ export class Form {
     const usual = `${size.default_width}x${size.default_height}`;
     const title = `Usual (${size.default_width} × ${size.default_height})`;
     if (!seen.has(usual)) $("shape").add(new Option(title, usual), 0);
-    $("shape").add(new Option("Custom", "custom"));
+    if (size.multiple < size.max_side) $("shape").add(new Option("Custom", "custom")); // else there is but one size
     $("shape").value = usual;
   }
 
