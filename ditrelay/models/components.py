@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 
 from ditrelay.errors import ConfigError, UnsupportedModel
+from ditrelay.models.cpu_convolutions import use_onednn
 from ditrelay.models.dummy import build_dummy
 from ditrelay.models.folder import LIBRARIES, ModelFolder, check_component
 from ditrelay.models.offload import Parked, offload_blocks, offload_name
@@ -139,6 +140,8 @@ class ComponentStore:
     def _settle(self, name: str, component: torch.nn.Module) -> None:
         if self._device.type == "cuda" and type(component).__name__ in CHANNELS_LAST_VAES:
             put_channels_last(component)
+        if self._device.type == "cpu":
+            use_onednn(component)
         if self._is_offloaded(name):
             self._parked[name] = Parked(component, self._device)
 
