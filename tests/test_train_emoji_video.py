@@ -32,6 +32,7 @@ from tools.train_emoji.motions import (
     tabulate_clips,
 )
 from tools.train_emoji.video_checker import COMPARED_SIZE, ClipChecker, clearest_frame
+from tools.train_emoji.video_export import write_animation
 from tools.train_emoji.video_model import (
     CHANNELS,
     FRAMES,
@@ -345,3 +346,17 @@ def test_finishing_changes_the_decoder_alone_by_half_of_what_it_learned(data: Pa
             else:
                 torch.testing.assert_close(new, (old.float() + best) / 2, rtol=2e-3, atol=1e-3)
     assert any(not torch.equal(after["vae"][name], old) for name, old in before["vae"].items())
+
+
+def test_an_animation_shows_every_clip_frame_by_frame(tmp_path: Path) -> None:
+    clips = torch.zeros(3, 3, 4, 8, 8)
+    for frame in range(4):
+        clips[2, 0, frame] = frame / 3  # the third clip turns red
+    write_animation(clips, tmp_path / "clips.webp", columns=2)
+    with Image.open(tmp_path / "clips.webp") as animation:
+        assert animation.size == (18, 18) and getattr(animation, "n_frames", 1) == 4
+        reds = []
+        for frame in range(4):
+            animation.seek(frame)
+            reds.append(animation.convert("RGB").getpixel((4, 14))[0])
+    assert reds == sorted(reds) and reds[0] < 40 and reds[-1] > 200

@@ -35,6 +35,7 @@ from tools.train_emoji.video_export import (
     STEPS,
     generate,
     load_pipeline,
+    write_animation,
     write_clips,
 )
 from tools.train_emoji.video_model import FRAMES, SIZE
@@ -122,6 +123,7 @@ def evaluate(pipeline: WanPipeline, checker: ClipChecker, asked: list[Clip], out
     marks = mark(checker, asked, iter(made * 2 - 1))
     shown = generate(pipeline, list(SHOWN), SIZE, FRAMES)
     write_clips(shown, SHOWN, out / "samples.png")
+    write_animation(shown, out / "samples.webp")
     for caption, clip in zip(SHOWN, shown, strict=True):
         write_movie(clip, out / f"{caption.replace(' ', '-')}.mp4")
     wrong = [caption for caption, right in zip(captions, marks, strict=True) if not all(right.values())]

@@ -107,3 +107,17 @@ def write_clips(clips: Tensor, captions: Sequence[str], path: Path) -> None:
         for k in range(frames):
             sheet.paste(Image.fromarray(pixels[k]), (k * (width + 2), top + title))
     sheet.save(path)
+
+
+def write_animation(clips: Tensor, path: Path, columns: int = 8) -> None:
+    """All clips [n, 3, frames, size, size] in 0..1 beside each other as one animated WebP without end."""
+    count, _, frames, height, width = clips.shape
+    pixels = (clips.clamp(0, 1) * 255).round().byte().permute(2, 0, 3, 4, 1).numpy()
+    shown = []
+    for frame in pixels:
+        sheet = Image.new("RGB", (columns * (width + 2) - 2, -(-count // columns) * (height + 2) - 2), "white")
+        for k, picture in enumerate(frame):
+            sheet.paste(Image.fromarray(picture), (k % columns * (width + 2), k // columns * (height + 2)))
+        shown.append(sheet)
+    options = {"save_all": True, "append_images": shown[1:], "duration": 1000 // FRAMES_PER_SECOND, "loop": 0}
+    shown[0].save(path, quality=85, method=6, **options)
