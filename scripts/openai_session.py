@@ -23,7 +23,7 @@ from common import provenance  # noqa: E402
 PAGE = ROOT / "docs" / "openai-session.md"
 SHOWN = "http://127.0.0.1:30000"
 RANKS = ["--device", "cpu", "--enable-disagg", "--num-gpus", "4", "--num-non-dit-ranks", "1"]
-CLIPS = "builtin:timed?encode=0.2&denoise=1.5&decode=0.2&steps=10&frames=33"
+CLIPS = "builtin:emoji-video"
 
 CONNECT = f'''
 import base64, time
@@ -82,7 +82,7 @@ except openai.NotFoundError as error:
 VIDEOS = (
     CONNECT,
     """
-video = client.videos.create(prompt="a fox in the snow", seconds="2", extra_body={"seed": 7})
+video = client.videos.create(prompt="a cat moving to the left", seconds="1.5", extra_body={"seed": 7})
 print(video.status, video.progress, video.size, video.seconds, video.num_frames, video.seed)
 """,
     """
@@ -96,7 +96,7 @@ content = client.videos.download_content(video.id).read()
 print(len(content), "bytes", content[4:12])
 """,
     """
-other = client.videos.create_and_poll(prompt="a boat", seconds="1", poll_interval_ms=200)
+other = client.videos.create_and_poll(prompt="a rocket flying up in space", poll_interval_ms=200)
 print(other.status, [each.prompt for each in client.videos.list(limit=10)])
 """,
     """
@@ -138,14 +138,13 @@ def page() -> str:
     pictures = """
         ## Pictures
 
-        `ditrelay serve`: the built-in model. What OpenAI does not have (`seed`, `strength`, `timings`, ...) goes into
+        `ditrelay serve`: `builtin:emoji`. What OpenAI does not have (`seed`, `strength`, `timings`, ...) goes into
         `extra_body` and comes back as further attributes.
         """
     videos = f"""
         ## Videos
 
-        `ditrelay serve --model-path '{CLIPS}'`: a model whose stages sleep and whose clips are noise, so
-        that the session is short.
+        `ditrelay serve --model-path {CLIPS}`
         """
     parts = [intro, pictures, *record([], PICTURES), videos, *record(["--model-path", CLIPS], VIDEOS)]
     return "\n\n".join(textwrap.dedent(part).strip() for part in parts) + "\n"

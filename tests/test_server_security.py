@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import httpx
 import pytest
@@ -102,6 +103,45 @@ def test_a_page_of_another_web_site_draws_nothing_and_may_only_link_here():
 def test_with_the_key_a_page_of_another_web_site_draws():
     headers = {"Authorization": f"Bearer {KEY}", "Sec-Fetch-Site": "cross-site"}
     assert fetch(locked(), "POST", ADDRESS, headers=headers, json={"prompt": "a cat"}).status_code == 200
+
+
+def from_host(engine: FakeEngine, host: str, base: str = "http://127.0.0.1:30000") -> httpx.Response:
+    return fetch(engine, "GET", f"{base}/v1/models", headers={"Host": host})
+
+
+@pytest.mark.parametrize("base", ["http://127.0.0.1:30000", "http://127.1.2.3:1", "http://[::1]:30000"])
+def test_a_site_whose_name_points_to_this_machine_reads_nothing(base):
+    for host in (
+        "evil.example",
+        "evil.example:30000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "[",
+        "x:y:z",
+    ):
+        refused = from_host(FakeEngine(), host, base)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "strange_host"), host
+    assert "'evil.example'" in from_host(FakeEngine(), "evil.example", base).json()["error"]["message"]
+
+
+def test_the_machines_own_names_and_any_address_read():
+    for host in (
+        "localhost",
+        "LOCALHOST:30000",
+        "127.0.0.1:30000",
+        "[::1]:30000",
+        "192.0.2.7",
+        "a.localhost",
+        "box.local",
+    ):
+        assert from_host(FakeEngine(), host).status_code == 200, host
+    assert from_host(FakeEngine(), socket.gethostname()).status_code == 200
+
+
+def test_elsewhere_and_with_a_key_a_server_has_whatever_name_its_owner_gives_it():
+    assert from_host(FakeEngine(), "pictures.example", "http://192.0.2.7:30000").status_code == 200
+    headers = {"Authorization": f"Bearer {KEY}", "Host": "pictures.example"}
+    assert fetch(locked(), "GET", "http://127.0.0.1:30000/v1/models", headers=headers).status_code == 200
 
 
 @pytest.mark.parametrize("blank", ["", "  "])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -16,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditrelay.runtime.telemetry import CARRIER_HEADERS, called_by
 from ditrelay.server import playground
-from ditrelay.server.problem import cross_site, shorten, unauthorized
+from ditrelay.server.problem import cross_site, shorten, strange_host, unauthorized
 
 logger = logging.getLogger(__name__)
 
@@ -95,20 +97,52 @@ def _is_open(scope: Scope) -> bool:
 
 
 class OwnPages:
-    """Answers 403 to what a page of another web site sends, other than reading: for servers without a key.
+    """Answers 403 to pages of other web sites: for servers without a key.
 
     Browsers let any page send forms to a server on its visitor's machine, and say so in ``Sec-Fetch-Site``, which no
-    page can change. Other clients have no such header.
+    page can change. Other clients have no such header. A site may also let its own name point to the visitor's machine
+    (DNS rebinding): then its pages seem to be the server's own and may read, too, but ``Host`` has the site's name.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in _READING or not _is_cross_site(scope):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
-        else:
+        elif (name := _strange_name(scope)) is not None:
+            await strange_host(name).response()(scope, receive, send)
+        elif scope["method"] not in _READING and _is_cross_site(scope):
             await cross_site().response()(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _strange_name(scope: Scope) -> str | None:
+    """By which name, not the machine's own, a loopback address was called; an address is no name."""
+    host = Headers(scope=scope).get("host")
+    if not host or not _is_loopback(scope.get("server")):
+        return None
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return host
+    own = {"localhost", socket.gethostname().lower()}
+    if _address(name) is not None or name in own or name.endswith((".localhost", ".local")):
+        return None
+    return name
+
+
+def _is_loopback(server: tuple[str, int | None] | None) -> bool:
+    address = _address(server[0]) if server else None
+    return address is not None and address.is_loopback
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        return ipaddress.ip_address(text)
+    except ValueError:
+        return None
 
 
 def _is_cross_site(scope: Scope) -> bool:

@@ -96,6 +96,15 @@ def cross_site() -> ApiError:
     return ApiError(403, message, code="cross_site_request", headers={"Connection": "close"})
 
 
+def strange_host(name: str) -> ApiError:
+    """403: called by a name that is not this machine's, as by a web site that lets its own name point here."""
+    message = (
+        f"Host: {shorten(name)!r} is not a name of this machine; allowed: localhost and addresses. "
+        "A proxy may send one of these, or give the server an --api-key"
+    )
+    return ApiError(403, message, code="strange_host", headers={"Connection": "close"})
+
+
 def model_not_found(name: str, served: str) -> ApiError:
     """404: ``name`` is not the served model."""
     message = f"model: {shorten(name)!r} is not served here; served: {served!r}"
