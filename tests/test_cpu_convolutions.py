@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
 
 from ditrelay.models.cpu_convolutions import use_onednn
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """With more, torch itself takes oneDNN."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # with more, torch itself takes oneDNN
 
 
 def kernels(module: nn.Module, x: torch.Tensor) -> set[str]:

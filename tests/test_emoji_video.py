@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -27,20 +26,13 @@ from ditrelay.runtime.topology import COLOCATED
 from ditrelay.server.model_limits import limits_of
 from ditrelay.server.video_schemas import VideoRequest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = "builtin:emoji-video"
 PROMPT = "a cat moving to the left"
 SEED = 7
 
 Pixels = npt.NDArray[np.uint8]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in a worker: the same sums in the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ from ditrelay.runtime.request import Request
 from ditrelay.runtime.tickets import Result
 from ditrelay.runtime.topology import COLOCATED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ("a red apple", "a blue bird in the snow", "two dogs", "a small green car on a yellow background")
 SEED = 11
 
