@@ -55,7 +55,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--model", type=Path, required=True, help="what train_video.py exported")
     add("--work", type=Path, required=True, help="folder for state, log and the finished model")
     add("--seconds", type=float, default=120, help="of training the decoder")
-    add("--clips", type=int, default=6000, help="clips that are remade; on a CPU a second takes two")
+    add("--clips", type=int, default=6000, help="clips that are remade; a CPU core takes a second for each")
     add("--batch", type=int, default=32, help="windows of three frames a step")
     add("--rate", type=float, default=4e-4, help="peak learning rate")
     add("--validate-every", type=float, default=10, help="seconds")
