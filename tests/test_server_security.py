@@ -109,7 +109,9 @@ def from_host(engine: FakeEngine, host: str, base: str = "http://127.0.0.1:30000
     return fetch(engine, "GET", f"{base}/v1/models", headers={"Host": host})
 
 
-@pytest.mark.parametrize("base", ["http://127.0.0.1:30000", "http://127.1.2.3:1", "http://[::1]:30000"])
+@pytest.mark.parametrize(
+    "base", ["http://127.0.0.1:30000", "http://127.1.2.3:1", "http://[::1]:30000", "http://[::ffff:127.0.0.1]:80"]
+)
 def test_a_site_whose_name_points_to_this_machine_reads_nothing(base):
     for host in (
         "evil.example",

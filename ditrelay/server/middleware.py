@@ -135,6 +135,8 @@ def _strange_name(scope: Scope) -> str | None:
 
 def _is_loopback(server: tuple[str, int | None] | None) -> bool:
     address = _address(server[0]) if server else None
+    if isinstance(address, ipaddress.IPv6Address):
+        address = address.ipv4_mapped or address
     return address is not None and address.is_loopback
 
 

@@ -99,8 +99,8 @@ def cross_site() -> ApiError:
 def strange_host(name: str) -> ApiError:
     """403: called by a name that is not this machine's, as by a web site that lets its own name point here."""
     message = (
-        f"Host: {shorten(name)!r} is not a name of this machine; allowed: localhost and addresses. "
-        "A proxy may send one of these, or give the server an --api-key"
+        f"Host: {shorten(name)!r} is not a name of this machine; allowed: localhost and addresses, "
+        "which a proxy can send, too; a server with --api-key takes any name"
     )
     return ApiError(403, message, code="strange_host", headers={"Connection": "close"})
 
