@@ -1,9 +1,4 @@
-"""The last touch: the decoder learns to draw what the transformer makes, not only what the encoder makes.
-
-Scenes are encoded, noised part of the way and brought back by the transformer as the pipeline would. The result shows
-the same scene with the transformer's own faults, so the drawn scene is what the decoder should make of it. The encoder
-and the meaning of latents stay as they are.
-"""
+"""The image model's decoder learns to draw what the transformer makes (remaking.py)."""
 
 from __future__ import annotations
 
@@ -12,20 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL
 from torch import Tensor
 
 from tools.train_emoji.drawing import Drawer
 from tools.train_emoji.image_model import BatchedModel
 from tools.train_emoji.pool import DRAWN_AT_ONCE, DeviceTable, LatentPool
-from tools.train_emoji.training import Budget, Journal, Options, Schedule, Trainer, blend
+from tools.train_emoji.remaking import LATENT_NOISE, DecoderTraining, bring_back, draw_sigmas
+from tools.train_emoji.training import Budget, Journal
 from tools.train_emoji.vae import autocast, picture_loss
 
 GUIDANCE = 2.0
 STEP_COUNTS = (8, 4)
 START_SIGMAS = (0.3, 0.75)
 """Scenes are noised to a sampling step in this range: enough for the faults to show, too little to move things."""
-LATENT_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,29 +41,22 @@ class Finish:
 @torch.no_grad()
 def remake(finish: Finish, rows: Tensor) -> Tensor:
     """The latents of these scenes as the transformer remakes them from half way, normalised, float32."""
-    device = finish.drawer.device
     steps = STEP_COUNTS[int(torch.randint(len(STEP_COUNTS), (1,)))]
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=finish.shift)
-    scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas.tolist()
-    starts = [k for k, sigma in enumerate(sigmas) if START_SIGMAS[0] <= sigma <= START_SIGMAS[1]]
-    first = starts[int(torch.randint(len(starts), (1,)))]
-    clean = finish.pool.latents[rows].float()
-    latents = clean + sigmas[first] * (torch.randn_like(clean) - clean)
     captions = torch.cat([rows, torch.full_like(rows, len(finish.pool))])
     tokens, lengths = finish.pool.tokens[captions].long(), finish.pool.lengths[captions].long()
-    for now, then in zip(sigmas[first:-1], sigmas[first + 1 :], strict=True):
-        time = torch.full((len(captions),), 1 - now, device=device)
-        with autocast(device):
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        time = torch.full((len(captions),), 1 - sigma, device=latents.device)
+        with autocast(latents.device):
             told, untold = finish.model(latents.repeat(2, 1, 1, 1), time, tokens, lengths).chunk(2)
-        latents = latents + (now - then) * (told + GUIDANCE * (told - untold))
-    return latents
+        return -(told + GUIDANCE * (told - untold))
+
+    return bring_back(finish.pool.latents[rows].float(), draw_sigmas(finish.shift, steps, START_SIGMAS), velocity)
 
 
 def finish_decoder(vae: AutoencoderKL, finish: Finish, budget: Budget, folder: Path, journal: Journal) -> None:
     """Trains the decoder within the budget and leaves its best EMA weights in it, blended with those it had."""
     finish.model.eval()
-    before = {name: parameter.detach().clone() for name, parameter in vae.decoder.named_parameters()}
     rows = torch.randperm(len(finish.table), device=finish.drawer.device)[: finish.scenes]
     remade = torch.cat([remake(finish, part).to(torch.bfloat16) for part in _parts(rows, DRAWN_AT_ONCE)])
     held = min(512, len(rows) // 4)
@@ -86,16 +74,9 @@ def finish_decoder(vae: AutoencoderKL, finish: Finish, budget: Budget, folder: P
     vae.decoder.to(memory_format=torch.channels_last).train()
     batches = _batches(finish, rows[held:], remade[held:])
     run: Callable[[Tensor, Tensor], Tensor] = torch.compile(loss, dynamic=False) if finish.compiled else loss
-    options = Options(Schedule(finish.rate, warmup=0.05, flat_until=0.2), validate_every=10.0)
-    trainer = Trainer("decoder", {"decoder": vae.decoder}, options, folder, journal)
-    with torch.no_grad():
-        journal.write("decoder: before", loss=validate())
-    trainer.run(lambda: run(*next(batches)), validate, budget)
-    trainer.use_best()
-    blend(vae.decoder, before)
+    training = DecoderTraining(finish.rate, budget, folder, journal)
+    training.run(vae.decoder, lambda: run(*next(batches)), validate)
     vae.decoder.eval()
-    with torch.no_grad():
-        journal.write("decoder: blended", loss=validate())
 
 
 def decode_normalised(vae: AutoencoderKL, latents: Tensor) -> Tensor:

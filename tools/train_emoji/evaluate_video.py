@@ -35,6 +35,7 @@ from tools.train_emoji.video_export import (
     STEPS,
     generate,
     load_pipeline,
+    to_pixels,
     write_animation,
     write_clips,
 )
@@ -136,8 +137,7 @@ def write_movie(clip: Tensor, path: Path) -> None:
     # Only here: training and measuring go on machines that have no video codecs.
     from ditrelay.runtime.pipelines_core.media import encode_media
 
-    pixels = (clip.permute(1, 2, 3, 0).clamp(0, 1) * 255).round().byte().numpy()
-    path.write_bytes(encode_media(pixels, fps=FRAMES_PER_SECOND).data)
+    path.write_bytes(encode_media(to_pixels(clip), fps=FRAMES_PER_SECOND).data)
 
 
 def write_table(figures: Figures, motions: dict[str, float], path: Path) -> None:

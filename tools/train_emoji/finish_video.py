@@ -2,9 +2,7 @@
 
     python -m tools.train_emoji.finish_video --data emoji.npz --model WORK/model --work WORK/finish --seconds 120
 
-Clips are encoded, noised part of the way and brought back by the transformer. The result shows the same clip with the
-transformer's own faults, so the drawn clip is what the decoder should make of it. The encoder and the meaning of
-latents stay as they are. WORK/finish/model is the result; on a CPU it takes most of an hour.
+WORK/finish/model is the result; on a CPU it takes most of an hour. What it does: remaking.py.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from diffusers import WanPipeline
 from torch import Tensor
 
 from tools.train_emoji.dataset import load_emoji
@@ -24,7 +22,8 @@ from tools.train_emoji.drawing import Drawer
 from tools.train_emoji.export import weights_megabytes
 from tools.train_emoji.frames import decode_latents, denormalise
 from tools.train_emoji.motions import ClipDrawer, make_clip_table
-from tools.train_emoji.training import Budget, Command, Journal, Options, Schedule, Trainer, blend, open_device
+from tools.train_emoji.remaking import LATENT_NOISE, DecoderTraining, bring_back, draw_sigmas
+from tools.train_emoji.training import Budget, Command, Journal, open_device, shared_arguments
 from tools.train_emoji.vae import autocast, picture_loss
 from tools.train_emoji.video_export import FLOW_SHIFT, GUIDANCE, STEPS, export_video_model, load_pipeline, write_samples
 from tools.train_emoji.video_model import FRAMES, SIZE, ClipDenoiser, tokenize
@@ -32,7 +31,6 @@ from tools.train_emoji.video_vae import CHANGE_WEIGHT, ClipSource, encode_pool
 
 START_SIGMAS = (0.4, 0.9)
 """Clips are noised to a sampling step in this range: enough for the faults to show, too little to move things."""
-LATENT_NOISE = 0.05
 REMADE_AT_ONCE = 32
 
 
@@ -49,21 +47,15 @@ class Workshop(Command):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ``--help`` says what each setting does."""
-    parser = argparse.ArgumentParser(description="Finish the decoder of the built-in text-to-video model.")
+    parser = shared_arguments("Finish the decoder of the built-in text-to-video model.")
+    parser.set_defaults(rate=4e-4, seed=77)
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="the file that prepare.py wrote")
     add("--model", type=Path, required=True, help="what train_video.py exported")
-    add("--work", type=Path, required=True, help="folder for state, log and the finished model")
     add("--seconds", type=float, default=120, help="of training the decoder")
     add("--clips", type=int, default=6000, help="clips that are remade; a CPU core takes a second for each")
     add("--batch", type=int, default=32, help="windows of three frames a step")
-    add("--rate", type=float, default=4e-4, help="peak learning rate")
     add("--validate-every", type=float, default=10, help="seconds")
-    add("--emoji", type=int, default=0, help="only so many emoji, as trained (trials)")
     add("--size", type=int, default=SIZE, help="pixels, as trained")
-    add("--seed", type=int, default=77)
-    add("--no-compile", action="store_true")
-    add("--no-samples", action="store_true")
     return parser.parse_args(arguments)
 
 
@@ -84,21 +76,16 @@ def open_workshop(args: argparse.Namespace) -> Workshop:
 @torch.no_grad()
 def remake(shop: Workshop, denoiser: ClipDenoiser, rows: Tensor) -> Tensor:
     """The latents [b, 8, f, h, w] of these clips as the transformer remakes them from half way, normalised."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT)
-    scheduler.set_timesteps(STEPS)
-    sigmas = scheduler.sigmas.tolist()
-    starts = [k for k, sigma in enumerate(sigmas) if START_SIGMAS[0] <= sigma <= START_SIGMAS[1]]
-    first = starts[int(torch.randint(len(starts), (1,)))]
-    clean = shop.latents[rows].float()
-    latents = torch.lerp(clean, torch.randn_like(clean), sigmas[first])
     captions = torch.cat([rows, torch.full_like(rows, len(shop.latents))])
     tokens, lengths = shop.tokens[captions].long(), shop.lengths[captions].long()
-    for now, then in zip(sigmas[first:-1], sigmas[first + 1 :], strict=True):
-        level = torch.full((len(captions),), now, device=shop.device)
-        with autocast(shop.device):
+
+    def velocity(latents: Tensor, sigma: float) -> Tensor:
+        level = torch.full((len(captions),), sigma, device=latents.device)
+        with autocast(latents.device):
             told, untold = denoiser(latents.repeat(2, 1, 1, 1, 1), level, tokens, lengths).chunk(2)
-        latents = latents + (then - now) * (untold + GUIDANCE * (told - untold))
-    return latents
+        return untold + GUIDANCE * (told - untold)
+
+    return bring_back(shop.latents[rows].float(), draw_sigmas(FLOW_SHIFT, STEPS, START_SIGMAS), velocity)
 
 
 def remake_all(shop: Workshop) -> Tensor:
@@ -152,7 +139,6 @@ class Windows:
 def finish_decoder(shop: Workshop, remade: Tensor) -> None:
     """Trains the decoder and leaves its best EMA weights in the pipeline, blended with those it had."""
     args, vae = shop.args, shop.pipeline.vae
-    before = {name: parameter.detach().clone() for name, parameter in vae.decoder.named_parameters()}
 
     def loss(latents: Tensor, clips: Tensor) -> Tensor:
         with autocast(shop.device):
@@ -164,7 +150,6 @@ def finish_decoder(shop: Workshop, remade: Tensor) -> None:
     windows = Windows(shop, remade)
     kept = list(zip(*(part.split(args.batch) for part in windows.fixed()), strict=True))
 
-    @torch.no_grad()
     def validate() -> float:
         return sum(float(loss(*part)) for part in kept) / len(kept)
 
@@ -172,13 +157,12 @@ def finish_decoder(shop: Workshop, remade: Tensor) -> None:
     vae.decoder.requires_grad_(True).train()
     batches = windows.batches(args.batch)
     run = torch.compile(loss, dynamic=False) if shop.compiled else loss
-    options = Options(Schedule(args.rate, warmup=0.05, flat_until=0.2), 1.0, 0.998, validate_every=args.validate_every)
-    trainer = Trainer("decoder", {"decoder": vae.decoder}, options, args.work / "decoder-training", shop.journal)
-    trainer.run(lambda: run(*next(batches)), validate, Budget(args.seconds, time.monotonic() + 2 * args.seconds))
-    trainer.use_best()
+    budget = Budget(args.seconds, time.monotonic() + 2 * args.seconds)
+    training = DecoderTraining(
+        args.rate, budget, args.work / "decoder-training", shop.journal, 0.998, args.validate_every
+    )
+    training.run(vae.decoder, lambda: run(*next(batches)), validate)
     vae.requires_grad_(False).eval()
-    blend(vae.decoder, before)
-    shop.journal.write("decoder: blended", loss=validate())
 
 
 def main(arguments: list[str] | None = None) -> None:

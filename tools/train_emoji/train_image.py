@@ -42,7 +42,7 @@ from tools.train_emoji.training import (
     Schedule,
     Trainer,
     open_device,
-    shared_arguments,
+    training_arguments,
 )
 from tools.train_emoji.vae import VaeSettings, autocast, latent_means, make_vae, train_vae
 
@@ -64,7 +64,7 @@ class Workshop(Command):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ``--help`` says what each setting does."""
-    parser = shared_arguments("Train the built-in text-to-image model.")
+    parser = training_arguments("Train the built-in text-to-image model.")
     add = parser.add_argument
     add("--command-seconds", type=float, default=570, help="this command ends after so long")
     add("--reserve-seconds", type=float, default=25, help="kept at the end for export and samples")

@@ -33,7 +33,7 @@ from tools.train_emoji.training import (
     Schedule,
     Trainer,
     open_device,
-    shared_arguments,
+    training_arguments,
 )
 from tools.train_emoji.vae import autocast
 from tools.train_emoji.video_export import export_video_model, write_samples
@@ -85,7 +85,7 @@ class Workshop(Command):
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ``--help`` says what each setting does."""
-    parser = shared_arguments("Train the built-in text-to-video model.")
+    parser = training_arguments("Train the built-in text-to-video model.")
     add = parser.add_argument
     add("--command-seconds", type=float, default=580, help="this command ends after so long")
     add("--reserve-seconds", type=float, default=30, help="kept at the end for export and samples")

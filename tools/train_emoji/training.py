@@ -28,18 +28,25 @@ SYNC_EVERY = 10
 
 
 def shared_arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with what every training is asked for."""
+    """A parser with what every command that trains is asked for."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="the file that prepare.py wrote")
-    add("--work", type=Path, required=True, help="folder for state, log and model; a later command goes on from it")
-    add("--finish", action="store_true", help="spread what is left of the schedule over this command, whatever it is")
+    add("--work", type=Path, required=True, help="folder for state, log and model")
     add("--seed", type=int, default=0, help="of the scenes or clips; another one per command shows more of them")
     add("--rate", type=float, default=1e-3, help="peak learning rate")
-    add("--vae-rate", type=float, default=1.2e-3)
     add("--emoji", type=int, default=0, help="only so many emoji, for trials")
     add("--no-compile", action="store_true")
     add("--no-samples", action="store_true")
+    return parser
+
+
+def training_arguments(description: str) -> argparse.ArgumentParser:
+    """The same for the training of a whole model, which a later command with the same ``--work`` goes on with."""
+    parser = shared_arguments(description)
+    parser.add_argument("--vae-rate", type=float, default=1.2e-3)
+    finish = "spread what is left of the schedule over this command, whatever it is"
+    parser.add_argument("--finish", action="store_true", help=finish)
     return parser
 
 
@@ -167,17 +174,6 @@ class Ema:
         current = [p.detach().clone() for p in self._parameters]
         torch._foreach_copy_(self._parameters, self.means)
         torch._foreach_copy_(self.means, current)
-
-
-FINISHED_SHARE = 0.5
-"""Of a decoder's finished weights, the rest those it had: the finished ones alone draw small parts too softly."""
-
-
-@torch.no_grad()
-def blend(module: nn.Module, before: Mapping[str, Tensor], share: float = FINISHED_SHARE) -> None:
-    """Mixes the module's parameters with what they were ``before``; ``share`` of them stays as it is now."""
-    for name, parameter in module.named_parameters():
-        parameter.lerp_(before[name], 1 - share)
 
 
 class Trainer:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from PIL import Image, ImageDraw
@@ -94,6 +96,12 @@ def write_samples(folder: Path, path: Path, device: torch.device, size: int, fra
     write_clips(clips, SHOWN, path)
 
 
+def to_pixels(clip: Tensor) -> npt.NDArray[np.uint8]:
+    """uint8 [frames, height, width, 3] of a clip [3, frames, height, width] in 0..1."""
+    pixels: npt.NDArray[np.uint8] = (clip.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).numpy()
+    return pixels
+
+
 def write_clips(clips: Tensor, captions: Sequence[str], path: Path) -> None:
     """A row of frames for each clip [n, 3, frames, size, size] in 0..1, its caption above."""
     _, _, frames, height, width = clips.shape
@@ -103,7 +111,7 @@ def write_clips(clips: Tensor, captions: Sequence[str], path: Path) -> None:
     for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
         top = row * (height + title + 2)
         pen.text((2, top + 1), caption, fill="black")
-        pixels = (clip.clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).numpy()
+        pixels = to_pixels(clip)
         for k in range(frames):
             sheet.paste(Image.fromarray(pixels[k]), (k * (width + 2), top + title))
     sheet.save(path)
@@ -112,9 +120,8 @@ def write_clips(clips: Tensor, captions: Sequence[str], path: Path) -> None:
 def write_animation(clips: Tensor, path: Path, columns: int = 8) -> None:
     """All clips [n, 3, frames, size, size] in 0..1 beside each other as one animated WebP without end."""
     count, _, frames, height, width = clips.shape
-    pixels = (clips.clamp(0, 1) * 255).round().byte().permute(2, 0, 3, 4, 1).numpy()
     shown = []
-    for frame in pixels:
+    for frame in zip(*map(to_pixels, clips), strict=True):
         sheet = Image.new("RGB", (columns * (width + 2) - 2, -(-count // columns) * (height + 2) - 2), "white")
         for k, picture in enumerate(frame):
             sheet.paste(Image.fromarray(picture), (k % columns * (width + 2), k // columns * (height + 2)))
