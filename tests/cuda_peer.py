@@ -18,8 +18,8 @@ import time
 import torch
 
 from ditrelay.runtime.communication.backends import connect_edge
+from ditrelay.runtime.communication.edge_channel import Channel
 from ditrelay.runtime.communication.endpoint import Endpoint
-from ditrelay.runtime.communication.ipc_channel import Channel
 from ditrelay.runtime.communication.store import connect_store
 from ditrelay.runtime.topology import Edge
 

@@ -111,7 +111,7 @@ def test_payloads_of_any_size_arrive_as_they_were_sent(world: World, rank: int) 
 def test_a_peer_that_dies_fails_the_transfer_by_name_and_the_edge_is_made_anew(world: World, rank: int) -> None:
     end, peer = world.open(rank, "move")
     assert peer.stdout is not None and peer.stdout.readline() == "moved\n"
-    end._timeout = 3.0  # so that NCCL, which does not notice, is given up soon
+    end._timeout = 3.0  # so that an NCCL send is given up soon
     tensors = payload(64 << 20, rank)  # NCCL takes a small one without the receiver
     work = end.isend(tensors, seq=0) if rank == SOURCE else end.irecv(tensors, seq=0)
     assert not work.wait_done(0.2)
@@ -119,7 +119,7 @@ def test_a_peer_that_dies_fails_the_transfer_by_name_and_the_edge_is_made_anew(w
     began = time.monotonic()
     with pytest.raises(TransferError, match="transfer 1->0 #0"):
         work.wait(20.0)
-    if world.backend == "cuda_ipc":
+    if world.backend == "cuda_ipc" or rank == TARGET:  # an NCCL send that is posted does not notice
         assert time.monotonic() - began < 1.0
     end.close("its peer died")
     works_again(world, rank)

@@ -20,8 +20,8 @@ import torch
 from ditrelay.errors import TransferError, TransferTimeout
 from ditrelay.runtime.communication import cuda_ipc_transport
 from ditrelay.runtime.communication.backends import connect_edge
+from ditrelay.runtime.communication.edge_channel import Channel, Ready, SlotHandle, dial, listen
 from ditrelay.runtime.communication.endpoint import Endpoint, Job, LinkDown
-from ditrelay.runtime.communication.ipc_channel import Channel, Ready, SlotHandle, dial, listen
 from ditrelay.runtime.communication.ipc_link import ReceivingLink, SendingLink
 from ditrelay.runtime.communication.store import StoreServer, connect_store
 from ditrelay.runtime.communication.transport import Early, Work
@@ -32,7 +32,7 @@ EDGE = Edge(3, 0)
 SOON = 10.0
 LISTENER = """
 import sys
-from ditrelay.runtime.communication.ipc_channel import listen
+from ditrelay.runtime.communication.edge_channel import listen
 from ditrelay.runtime.communication.store import connect_store
 listen(connect_store("127.0.0.1", int(sys.argv[1]), 60), 60, sys.argv[2])
 """

@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 import select
 import signal
 from unittest.mock import MagicMock
 
 import pytest
+import torch
 
-from ditrelay.runtime import launcher
+from ditrelay.runtime import launcher, worker
 from ditrelay.runtime.launcher import LocalProcess
 
 
@@ -43,8 +45,50 @@ def test_a_process_that_can_not_be_looked_at_is_not_taken_for_a_dead_one(
     assert launcher._is_dead(1) is dead
 
 
+def test_workers_are_spawned_where_cuda_does_not_work_after_a_fork(caplog: pytest.LogCaptureFixture) -> None:
+    made = launcher.LocalLauncher("cuda", ())
+    with caplog.at_level("WARNING", "ditrelay"):
+        made._try_fork()
+    if torch.cuda.is_available():
+        assert made._context.get_start_method() == "forkserver" and not caplog.records
+    else:
+        assert made._context.get_start_method() == "spawn" and not made._uses_forkserver
+        (record,) = caplog.records
+        assert re.search("CUDA does not work after a fork \\(.+\\)", record.getMessage())
+
+
+def _answer_nothing(answer: object) -> None:
+    os._exit(0)
+
+
+def _never_answer(answer: object) -> None:
+    signal.pause()
+
+
+@pytest.mark.parametrize(
+    ("look", "seconds", "words"),
+    [(_answer_nothing, 30.0, "the process ended"), (_never_answer, 0.5, "no answer within")],
+)
+def test_a_fork_that_ends_or_hangs_over_cuda_is_trouble_and_holds_nobody_up(
+    look: object, seconds: float, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher, "_look_for_gpus", look)
+    monkeypatch.setattr(launcher, "CUDA_SECONDS", seconds)
+    assert words in launcher.LocalLauncher("cuda", ())._trouble_of_a_fork()
+
+
+def test_a_worker_gets_its_devices_environment_whatever_the_forkserver_was_started_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(worker, "run_worker", lambda spec: None)
+    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth7"})
+    launcher._run(MagicMock(), launcher._ENVIRONMENT["cuda"])
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7", "what the user has set stays"
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+
+
 def test_a_process_that_can_not_be_watched_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:
-    process, made = MagicMock(), launcher.LocalLauncher("cuda", ())
+    process, made = MagicMock(), launcher.LocalLauncher("cpu", ())
     monkeypatch.setattr(made, "_context", MagicMock(Process=MagicMock(return_value=process)))
     monkeypatch.setattr(launcher, "LocalProcess", MagicMock(side_effect=OSError(errno.EMFILE, "Too many open files")))
     with pytest.raises(OSError, match="Too many open files"):

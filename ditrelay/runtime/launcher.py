@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
 START_SECONDS = 10.0  # for a process from a forkserver that has imported all, which takes milliseconds
+CUDA_SECONDS = 60.0  # for a forked process to find its GPUs
 _STATUS_SECONDS = 0.2
 _START_LOCK = threading.Lock()
 # All ranks are of one host, so that what they listen on need not be seen from others.
@@ -32,8 +34,14 @@ _LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 _ENVIRONMENT = {
     # With two busy ranks on two cores, two threads each made a half-second generation take twelve.
     "cpu": {"OMP_NUM_THREADS": "1", **_LOOPBACK},
-    # NCCL's watchdog would end the process, or abort an edge so that its failed transfer looks complete.
-    "cuda": {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", **_LOOPBACK},
+    "cuda": {
+        # NCCL's watchdog would end the process, or abort an edge so that its failed transfer looks complete.
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+        # Libraries ask whether there is a GPU while they are imported. Asked in any other way, CUDA is of no use to
+        # the processes that are forked afterwards.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        **_LOOPBACK,
+    },
 }
 
 
@@ -110,7 +118,9 @@ class LocalProcess:
 
 
 class LocalLauncher:
-    """Workers on this host: from a forkserver that has imported the heavy modules (CPU), or spawned (CUDA).
+    """Workers on this host, from a forkserver that has imported the heavy modules.
+
+    On GPUs they are spawned where what was imported has touched CUDA already, which no process may be forked after.
 
     Args:
         device_type: ``cpu`` or ``cuda``.
@@ -118,20 +128,20 @@ class LocalLauncher:
     """
 
     def __init__(self, device_type: str, preload: Sequence[str]) -> None:
-        self._context: multiprocessing.context.ForkServerContext | multiprocessing.context.SpawnContext
-        if device_type == "cpu":
-            self._context = multiprocessing.get_context("forkserver")
-            self._context.set_forkserver_preload(list(preload))
-            with _START_LOCK, _environment(_ENVIRONMENT["cpu"] | _search_path()), no_interrupts():
-                forkserver.ensure_running()  # it imports while the head does other things
-        else:
-            self._context = multiprocessing.get_context("spawn")
         self._environment = {"TOKENIZERS_PARALLELISM": "false", **_ENVIRONMENT[device_type], **_search_path()}
-        self._uses_forkserver = device_type == "cpu"
+        self._context: multiprocessing.context.ForkServerContext | multiprocessing.context.SpawnContext
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(preload))
+        self._is_tried = device_type == "cpu"  # whether forked processes can use the device
+        self._uses_forkserver = True
         self._forkserver: int | None = None  # its pid, once it has started a worker
+        self._ensure_forkserver()  # it imports while the head does other things
 
     def start(self, spec: WorkerSpec) -> ProcessHandle:
-        process = self._context.Process(target=_run, args=(spec,), name=f"ditrelay-{spec.rank}", daemon=True)
+        if not self._is_tried:
+            self._try_fork()
+        arguments, name = (spec, self._environment), f"ditrelay-{spec.rank}"
+        process = self._context.Process(target=_run, args=arguments, name=name, daemon=True)
         try:
             with _START_LOCK, _environment(self._environment), no_interrupts(), _no_main_module(), self._watched():
                 process.start()
@@ -146,6 +156,32 @@ class LocalLauncher:
             with contextlib.suppress(OSError):  # the worker is gone already
                 self._forkserver = int(_stat(handle.pid)[1])
         return handle
+
+    def _try_fork(self) -> None:
+        """Spawn workers from now on where a forked process can not use the GPUs."""
+        self._is_tried = True
+        trouble = self._trouble_of_a_fork()
+        if trouble:
+            logger.warning("workers are spawned, which takes longer: CUDA does not work after a fork (%s)", trouble)
+            self._context, self._uses_forkserver = multiprocessing.get_context("spawn"), False
+
+    def _trouble_of_a_fork(self) -> str:
+        reader, writer = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_look_for_gpus, args=(writer,), name="ditrelay-gpus", daemon=True)
+        with reader:
+            try:
+                with writer, _START_LOCK, no_interrupts(), _no_main_module():
+                    process.start()
+                if reader.poll(CUDA_SECONDS):
+                    return reader.recv_bytes().decode()
+                process.kill()
+            except (OSError, EOFError) as error:
+                return f"the process ended: {error}"
+        return f"no answer within {CUDA_SECONDS:g} s"
+
+    def _ensure_forkserver(self) -> None:
+        with _START_LOCK, _environment(self._environment), no_interrupts():
+            forkserver.ensure_running()
 
     @contextlib.contextmanager
     def _watched(self) -> Iterator[None]:
@@ -165,8 +201,7 @@ class LocalLauncher:
         if self._forkserver is not None and _is_dead(self._forkserver):
             logger.warning("the forkserver died; no worker needs it to live, a new one is started")
             self._forkserver = None
-            with _START_LOCK, _environment(_ENVIRONMENT["cpu"] | _search_path()), no_interrupts():
-                forkserver.ensure_running()
+            self._ensure_forkserver()
 
 
 def _is_dead(child: int) -> bool:
@@ -190,7 +225,21 @@ def _stat(pid: int) -> list[str]:
     return stat.rpartition(")")[2].split()  # its name, in brackets before, may hold anything
 
 
-def _run(spec: WorkerSpec) -> None:
+def _look_for_gpus(answer: Connection) -> None:
+    """Answer what is wrong with CUDA in this process; nothing where it works."""
+    import torch
+
+    trouble = ""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        trouble = str(error).partition("\n")[0] or type(error).__name__
+    answer.send_bytes(trouble.encode())
+
+
+def _run(spec: WorkerSpec, environment: dict[str, str]) -> None:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)  # the forkserver may be of a launcher for another device
     from ditrelay.runtime.worker import run_worker  # not in the head, which needs nothing of it
 
     run_worker(spec)

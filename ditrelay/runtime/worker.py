@@ -174,7 +174,7 @@ class Worker:
             adapter, self.roles, decoder=decoder, fps=spec.card.fps, timeout=spec.args.stage_timeout
         )
         outgoing = [edge for edge in edges if edge.src == self.rank]
-        early = may_send_early(spec.args.transfer_backend, outgoing, self.device)
+        early = may_send_early(outgoing, self.device)
         self._loop = OverlapLoop(
             self._executor,
             pipeline,

@@ -29,21 +29,20 @@ def connect_edge(
 ) -> Endpoint:
     """Make this rank's end of ``edge`` over the backend that ``wanted`` (``auto`` or a ``Backend``) stands for.
 
-    ``run_dir`` is as for ``CudaIpcTransport.connect``; the other arguments and the errors are those of
-    ``TorchTransport.connect``.
+    Arguments and errors are those of ``TorchTransport.connect``.
     """
     if choose_backend(wanted, edge, device) == "cuda_ipc":
         return CudaIpcTransport.connect(store, edge, generation, rank, device=device, timeout=timeout, run_dir=run_dir)
-    return TorchTransport.connect(store, edge, generation, rank, device=device, timeout=timeout)
+    return TorchTransport.connect(store, edge, generation, rank, device=device, timeout=timeout, run_dir=run_dir)
 
 
-def may_send_early(wanted: str, edges: Sequence[Edge], device: torch.device) -> bool:
+def may_send_early(edges: Sequence[Edge], device: torch.device) -> bool:
     """Whether transfers over ``edges`` may be asked for before their tensors are made.
 
-    Only where what waits is a thread asleep at a socket, as over CUDA IPC. A posted NCCL receive is a kernel: for as
-    long as its send does not come it holds SMs, and so slows the denoise that runs there.
+    On GPUs, where both backends wait for the sender's word with a thread asleep at a socket. On a CPU a stage is done
+    when it is launched, and there is nothing to be early for.
     """
-    return bool(edges) and all(choose_backend(wanted, edge, device) == "cuda_ipc" for edge in edges)
+    return bool(edges) and device.type == "cuda"
 
 
 def choose_backend(wanted: str, edge: Edge, device: torch.device) -> Backend:

@@ -14,8 +14,8 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from ditrelay.runtime.communication.cuda_driver import CudaDriver
 from ditrelay.runtime.communication.device_events import DeviceEvent, record_event
+from ditrelay.runtime.communication.edge_channel import SlotHandle, dial, listen
 from ditrelay.runtime.communication.endpoint import Endpoint, Job, not_connected
-from ditrelay.runtime.communication.ipc_channel import SlotHandle, dial, listen
 from ditrelay.runtime.communication.ipc_link import ReceivingLink, SendingLink
 from ditrelay.runtime.communication.store import edge_prefix
 from ditrelay.runtime.topology import Edge
@@ -38,7 +38,7 @@ class CudaIpcTransport(Endpoint):
     ) -> Self:
         """Make this rank's end; blocks until the other end is made too. Arguments and errors as ``TorchTransport``'s.
 
-        ``run_dir``: the launch's folder, where the edge's socket is until both ends have met (``ipc_channel.listen``).
+        ``run_dir``: the launch's folder, where the edge's socket is until both ends have met (``edge_channel.listen``).
 
         torch must take its memory with plain ``cudaMalloc``: expandable segments can not be exported.
         """

@@ -17,13 +17,11 @@ from typing import Protocol
 import torch
 
 from ditrelay.runtime.communication.device_events import DeviceEvent, wait_for_event
+from ditrelay.runtime.communication.edge_channel import Channel, Ready, SlotHandle, Taken
 from ditrelay.runtime.communication.endpoint import Job, LinkDown, essence
-from ditrelay.runtime.communication.ipc_channel import Channel, Ready, SlotHandle, Taken
 
 _ALIGNMENT = 512  # of each tensor in a slot; what torch's allocator gives
 _SLOT_STEP = 2 << 20  # a slot's size is a multiple, so that it seldom has to grow
-# A receive is asked for when its send is under way, and to fall asleep and wake again costs 0.1 ms of the hand-off.
-_AWAKE_SECONDS = 500e-6
 
 
 class Memory(Protocol):
@@ -121,14 +119,10 @@ class ReceivingLink(_IpcLink):
         self._memory.close()
 
     def _exchange(self, job: Job, deadline: float) -> None:
-        sizes = tuple(view.numel() for view in job.views)
-        ready = self._channel.receive(Ready, deadline, awake=0.0 if job.wait else _AWAKE_SECONDS)
-        if (ready.seq, ready.sizes) != (job.work.seq, sizes):
-            sent = f"#{ready.seq} of {ready.sizes} bytes"
-            raise LinkDown(f"transfer {sent} was sent, the receiver expects #{job.work.seq} of {sizes} bytes")
+        ready = self._channel.expect(job, deadline)
         if ready.slot is not None:
             self._memory.open(ready.slot)
-        wait_for_event(self._memory.pull(job, _layout(sizes)[0]), deadline, self._interrupted)
+        wait_for_event(self._memory.pull(job, _layout(ready.sizes)[0]), deadline, self._interrupted)
         self._channel.send(Taken(job.work.seq), deadline)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch._C._distributed_c10d import Store
 
 from ditrelay.runtime.communication.device_events import record_event, wait_for_event
+from ditrelay.runtime.communication.edge_channel import Channel, Ready
 from ditrelay.runtime.communication.endpoint import Job, LinkDown, essence
 from ditrelay.runtime.communication.raw_group import RawGroup, nccl_group
 
@@ -16,7 +17,10 @@ _WATCHDOG_FACTOR = 3.0
 
 
 class NcclLink:
-    """A raw two-rank NCCL group.
+    """A raw two-rank NCCL group, and a channel over which the sender says when the receiver is to join in.
+
+    A receive that is posted is a kernel: for as long as its send does not come it holds SMs, and so slows the denoise
+    that runs there. So it is posted at the sender's word, and until then a thread sleeps at a socket.
 
     Once the communicator is made (at the first transfer), the thread does not block in CUDA or NCCL: it puts a transfer
     on the edge's stream and looks for the event behind it, so a peer that died or stands still can be given up at the
@@ -28,12 +32,14 @@ class NcclLink:
 
     Args:
         meeting: the edge's store.
+        channel: to the other end.
         end: 0 sends, 1 receives.
         device: this rank's GPU.
         timeout: seconds that one transfer may take.
     """
 
-    def __init__(self, meeting: Store, end: int, device: torch.device, timeout: float) -> None:
+    def __init__(self, meeting: Store, channel: Channel, end: int, device: torch.device, timeout: float) -> None:
+        self._channel = channel
         self._end = end
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -45,20 +51,34 @@ class NcclLink:
         return record_event(torch.cuda.current_stream(self._device))
 
     def move(self, job: Job, deadline: float) -> None:
+        if not job.views:
+            return
         torch.cuda.set_device(self._device)  # leaving ``stream``, torch would go back to the first GPU and its context
         try:
+            if self._end == 0:
+                self._call_receiver(job, deadline)
+            else:
+                self._channel.expect(job, deadline)
             wait_for_event(self._post(job), deadline, self._interrupted)
         except RuntimeError as error:
             raise LinkDown(essence(error)) from error
 
     def interrupt(self) -> None:
         self._interrupted.set()
+        self._channel.shut()
 
     def disconnect(self) -> None:
         """Takes about half a second where a kernel is waiting for the peer."""
         group, self._group = self._group, None
         if group is not None:
             group.abort()
+        self._channel.close()
+
+    def _call_receiver(self, job: Job, deadline: float) -> None:
+        if job.wait and job.ready is not None:
+            wait_for_event(job.ready, deadline, self._interrupted, behind_stage=True)
+        sizes = tuple(view.numel() for view in job.views)
+        self._channel.send(Ready(job.work.seq, sizes), deadline)
 
     def _post(self, job: Job) -> torch.cuda.Event:
         assert self._group is not None, "moved after disconnect"

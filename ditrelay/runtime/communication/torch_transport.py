@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from ditrelay.runtime.communication.edge_channel import dial, listen
 from ditrelay.runtime.communication.endpoint import Endpoint, Job, Link, LinkDown, essence, not_connected
 from ditrelay.runtime.communication.nccl_link import NcclLink
 from ditrelay.runtime.communication.raw_group import RawGroup, gloo_group
@@ -37,6 +38,7 @@ class TorchTransport(Endpoint):
         device: torch.device,
         timeout: float,
         host: str = "127.0.0.1",
+        run_dir: str | None = None,
     ) -> Self:
         """Make this rank's end; blocks until the other end is made too.
 
@@ -48,6 +50,8 @@ class TorchTransport(Endpoint):
             device: where the tensors live: a CPU (gloo) or one GPU (NCCL).
             timeout: seconds that the set-up, and later every single transfer, may take.
             host: the interface that a gloo end listens on.
+            run_dir: the launch's folder, where an NCCL edge's socket is until both ends have met
+                (``edge_channel.listen``).
 
         Raises:
             TransferTimeout: the other end did not come within ``timeout``.
@@ -59,10 +63,11 @@ class TorchTransport(Endpoint):
             own = 0 if rank == edge.src else 1
             link: Link
             if device.type == "cuda":
-                link = NcclLink(meeting, own, device, timeout)
+                channel = listen(meeting, timeout, run_dir) if own == 0 else dial(meeting, timeout)
+                link = NcclLink(meeting, channel, own, device, timeout)
             else:
                 link = GlooLink(gloo_group(meeting, own, timeout, host), own)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise not_connected(edge, generation, error, timed_out=time.monotonic() >= deadline) from error
         end = cls(edge, rank, link, timeout)
         if device.type == "cuda":

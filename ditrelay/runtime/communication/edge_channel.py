@@ -1,4 +1,4 @@
-"""The messages between the two ends of a shared-memory edge: "ready" one way, "taken" the other.
+"""The messages between the two ends of an edge between GPUs: "ready" one way, over shared memory "taken" the other.
 
 A Unix socket in a folder that only this user may enter. Messages keep their bounds; a peer's death closes it at once.
 """
@@ -14,11 +14,13 @@ from typing import TypeVar
 import msgspec
 from torch._C._distributed_c10d import Store
 
-from ditrelay.runtime.communication.endpoint import LinkDown
+from ditrelay.runtime.communication.endpoint import Job, LinkDown
 from ditrelay.runtime.payloads import UNREADABLE
 
 _KEY = "channel"
 _MAX_MESSAGE = 1 << 17
+# A receive is asked for when its send is under way, and to fall asleep and wake again costs 0.1 ms of the hand-off.
+_AWAKE_SECONDS = 500e-6
 
 
 class SlotHandle(msgspec.Struct, frozen=True, array_like=True):
@@ -30,7 +32,7 @@ class SlotHandle(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Transfer ``seq`` is in the slot: tensors of ``sizes`` bytes. ``slot`` is left out while it is the last one's."""
+    """Transfer ``seq`` can be taken: tensors of ``sizes`` bytes. ``slot``: where, if not in the one before."""
 
     seq: int
     sizes: tuple[int, ...]
@@ -87,6 +89,18 @@ class Channel:
             except BlockingIOError:
                 time.sleep(0)  # lets other threads run
         return None
+
+    def expect(self, job: Job, deadline: float) -> Ready:
+        """The sender's word that ``job`` can be taken.
+
+        Raises ``LinkDown``: as ``receive``, or another transfer was sent.
+        """
+        sizes = tuple(view.numel() for view in job.views)
+        ready = self.receive(Ready, deadline, awake=0.0 if job.wait else _AWAKE_SECONDS)
+        if (ready.seq, ready.sizes) != (job.work.seq, sizes):
+            sent = f"#{ready.seq} of {ready.sizes} bytes"
+            raise LinkDown(f"transfer {sent} was sent, the receiver expects #{job.work.seq} of {sizes} bytes")
+        return ready
 
     def shut(self) -> None:
         """Wake both ends: neither sends or receives any more."""
