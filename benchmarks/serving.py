@@ -2,8 +2,9 @@
 
 Systems: (a) asynchronous disaggregation, (b) lock-step at the same sequence parallel degree, (c) replicas of the
 stock diffusers pipeline behind one queue, (d) one stock pipeline over all ranks with diffusers' context parallelism,
-(e) our engine with every rank colocated. Each runs in a process group of its own, which is ended when its time is over:
-one that fails or hangs is reported as failed, with the reason, and the others still run.
+(e) our engine with every rank colocated, (f) as one replica over all ranks. Each runs in a process group of its own,
+which is ended when its time is over: one that fails or hangs is reported as failed, with the reason, and the others
+still run.
 
     python benchmarks/serving.py --workload emoji --json benchmarks/results/serving-emoji.json
 """

@@ -103,9 +103,9 @@ def bound(system: System, stages: Mapping[str, float], own_denoise: float) -> fl
     match system.kind:
         case "async":
             return min(system.non_dit / p, system.units / own_denoise)
-        case "lock-step" | "stock-cp":
+        case "lock-step":
             return 1 / (p + own_denoise)
-    return system.ranks / (p + own_denoise)
+    return system.units / (p + own_denoise)
 
 
 def reference_stages(records: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, float]] | None:

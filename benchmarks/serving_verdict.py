@@ -93,7 +93,8 @@ def _exposed_checks(records: Sequence[Record]) -> Iterator[str]:
 
 def _stock_checks(records: Sequence[Record]) -> Iterator[str]:
     stock = _find(records, "stock-replicas")
-    ours = _find(records, "colocated") or _find(records, "async", pair=False)
+    one_rank = [record for record in records if record["sp"] == 1]
+    ours = _find(one_rank, "colocated") or _find(one_rank, "async")
     if stock is None or ours is None:
         return
     ratio = low_stages(ours)["denoise"] / low_stages(stock)["denoise"]

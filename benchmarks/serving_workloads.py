@@ -10,6 +10,7 @@ Device = Literal["cpu", "cuda"]
 Kind = Literal["async", "lock-step", "colocated", "stock-replicas", "stock-cp"]
 
 LETTERS: dict[Kind, str] = {"async": "a", "lock-step": "b", "stock-replicas": "c", "stock-cp": "d", "colocated": "e"}
+SPREAD = "f"  # our engine as one replica over all ranks, whose leader encodes and decodes: beside stock-cp
 ENGINE_KINDS: frozenset[Kind] = frozenset({"async", "lock-step", "colocated"})
 
 
@@ -176,7 +177,7 @@ class System:
     def name(self) -> str:
         match self.kind:
             case "colocated":
-                return f"colocated x{self.ranks}"
+                return f"colocated sp{self.sp}" if self.sp > 1 else f"colocated x{self.ranks}"
             case "stock-replicas":
                 return f"stock x{self.ranks}"
             case "stock-cp":
@@ -186,7 +187,7 @@ class System:
 
     @property
     def letter(self) -> str:
-        return LETTERS[self.kind]
+        return SPREAD if self.kind == "colocated" and self.sp > 1 else LETTERS[self.kind]
 
     @property
     def dit(self) -> int:
@@ -214,6 +215,7 @@ def systems_for(workload: Workload, ranks: int) -> list[System]:
         System(kind="colocated", ranks=ranks),
         System(kind="stock-replicas", ranks=ranks),
         System(kind="stock-cp", ranks=ranks),
+        System(kind="colocated", ranks=ranks, sp=ranks),
     ]
     if ranks >= 4:
         found.append(System(kind="async", ranks=ranks, non_dit=2))
@@ -240,4 +242,6 @@ def not_possible(workload: Workload, system: System) -> str:
         return "no stock pipeline"
     if system.kind == "stock-cp" and not workload.plan:
         return "no plan: diffusers has no context parallel plan for this transformer"
+    if system.sp > 1 and not workload.plan:
+        return "no plan: this transformer can't be spread over ranks"
     return ""

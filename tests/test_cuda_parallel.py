@@ -92,6 +92,11 @@ CASES = [
     *both(FLUX(ranks=3, apart=True, sp=2)),
     *both(FLUX(ranks=4, apart=True, sp=3)),
     FLUX(ranks=4, sp=2),
+    *both(FLUX(ranks=2, sp=2)),
+    FLUX(ranks=2, tp=2),
+    replace(FLUX(ranks=2, sp=2, ring=2), dtype="bfloat16"),
+    EMOJI(ranks=2, cfg=2),
+    replace(FLUX(ranks=2, sp=2, compiled=True), dtype="bfloat16"),
     replace(FLUX(ranks=3, apart=True, sp=2, ring=2), dtype="bfloat16"),  # its kernels take no float32 on a GPU
     *both(FLUX(ranks=3, apart=True, tp=2)),
     *both(FLUX(ranks=4, sp=2, tp=2)),

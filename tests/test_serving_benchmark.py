@@ -74,6 +74,7 @@ STAGES = {"encode": 0.1, "denoise": 1.0, "decode": 0.3}
         (System(kind="async", ranks=4, non_dit=1, sp=3), 0.5, 2.0),  # 1 / dM
         (System(kind="lock-step", ranks=4, non_dit=1, sp=3), 0.5, 1 / 0.9),
         (System(kind="colocated", ranks=4), 1.0, 4 / 1.4),
+        (System(kind="colocated", ranks=4, sp=4), 0.4, 1 / 0.8),
         (System(kind="stock-replicas", ranks=4), 1.0, 4 / 1.4),
         (System(kind="stock-cp", ranks=4), 0.4, 1 / 0.8),
     ],
@@ -98,11 +99,12 @@ def test_async_and_lock_step_are_compared_at_one_sequence_parallel_degree() -> N
 
 def test_systems_are_chosen_by_letter_or_name_and_have_names_of_their_own() -> None:
     systems = systems_for(WORKLOADS["flux-schnell"], 4)
-    assert len({system.name for system in systems}) == len(systems) == 7
+    assert len({system.name for system in systems}) == len(systems) == 8
     assert [system.name for system in select(systems, "c,async 2+2")] == ["stock x4", "async 2+2"]
     assert {system.name for system in select(systems, "a")} == {"async 1+3 sp3", "async 1+3", "async 2+2"}
-    with pytest.raises(ValueError, match="no system 'f'; there are"):
-        select(systems, "a,f")
+    assert [system.name for system in select(systems, "f,e")] == ["colocated x4", "colocated sp4"]
+    with pytest.raises(ValueError, match="no system 'g'; there are"):
+        select(systems, "a,g")
 
 
 def test_every_workload_names_systems_that_it_has() -> None:
@@ -113,7 +115,9 @@ def test_every_workload_names_systems_that_it_has() -> None:
 def test_a_family_without_a_plan_is_reported_and_not_run() -> None:
     record = serving.skipped(WORKLOADS["emoji"], System(kind="stock-cp", ranks=4), left=100)
     assert record is not None and record["reason"].startswith("no plan")
-    assert not_possible(WORKLOADS["flux-dev"], System(kind="stock-cp", ranks=4)) == ""
+    for system in (System(kind="stock-cp", ranks=4), System(kind="colocated", ranks=4, sp=4)):
+        assert not_possible(WORKLOADS["emoji"], system).startswith("no plan")
+        assert not_possible(WORKLOADS["flux-dev"], system) == ""
 
 
 def test_a_system_for_which_no_time_is_left_is_reported_and_not_run() -> None:
