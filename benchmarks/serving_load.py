@@ -60,6 +60,11 @@ class Phase:
 
     samples: list[Sample] = field(default_factory=list)
     unfinished: int = 0
+    failure: str = ""
+
+    def cut_short(self, when: str) -> str:
+        """Why requests are unfinished."""
+        return f"a request failed {when}: {self.failure}" if self.failure else f"the time limit was reached {when}"
 
 
 class Client:
@@ -129,6 +134,7 @@ class Client:
         arrived = self._arrived.pop(done.seq)
         if done.error:
             self._failures += 1
+            phase.failure = done.error
             if self._failures > FAILURES_ALLOWED:
                 raise LoadFailed(f"{self._failures} requests failed, the last with: {done.error}")
         else:

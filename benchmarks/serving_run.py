@@ -135,14 +135,15 @@ class Measurement:
     def _warm_up(self) -> None:
         count = self._target.warm_up_requests()
         client = Client(WarmUp(self._target, min(WARM_UP_STEPS, self._workload.steps)))
-        if client.open([0.0] * count, self._deadline).unfinished:
-            raise LoadFailed("the time limit was reached in the warm-up")
+        phase = client.open([0.0] * count, self._deadline)
+        if phase.unfinished:
+            raise LoadFailed(phase.cut_short("in the warm-up"))
 
     def _low(self) -> None:
         """One request at a time: latency with nobody in the way, and the stage times that the bounds are made of."""
         phase = self._client.closed(1, self._workload.low, self._deadline)
         if phase.unfinished:
-            raise LoadFailed("the time limit was reached at low load")
+            raise LoadFailed(phase.cut_short("at low load"))
         latencies = [sample.latency for sample in phase.samples]
         self.record["low"] = {
             "latency": figures.latency_figures(latencies),
