@@ -85,7 +85,8 @@ def test_more_than_two_failed_requests_end_the_phase_with_the_last_reason() -> N
 
 def test_a_phase_that_is_cut_short_says_whether_a_request_failed_or_the_time_was_over() -> None:
     failed = Client(FakeTarget(error="no module av")).open([0.0, 0.0], soon())
-    assert failed.unfinished == 2 and failed.cut_short("in the warm-up") == "a request failed in the warm-up: no module av"
+    assert failed.unfinished == 2
+    assert failed.cut_short("in the warm-up") == "a request failed in the warm-up: no module av"
     late = Client(FakeTarget(seconds=30)).closed(1, 1, soon(0.05))
     assert late.cut_short("at low load") == "the time limit was reached at low load"
 
