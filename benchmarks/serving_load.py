@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
@@ -100,6 +100,14 @@ class Client:
             pass
         phase.unfinished = len(arrivals) - len(phase.samples)
         return phase
+
+    def finish(self, enough: Callable[[], bool], deadline: float) -> bool:
+        """Let requests end, with no new ones, until that is enough or none is left; False at the deadline."""
+        ended = Phase()
+        while self._arrived and not enough():
+            if not self._collect(ended, deadline):
+                return False
+        return True
 
     def drain(self, seconds: float) -> bool:
         """Get rid of what is still on the way, so that the next phase begins with an idle system.

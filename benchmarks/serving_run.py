@@ -157,7 +157,7 @@ class Measurement:
         # after two bursts and one request every rank has work of its own
         wanted = system.units if self._workload.short_lead else min(concurrency, 2 * system.units + 1)
         lead, count = figures.lead_and_count(system.units, self._requests, wanted)
-        share = SATURATED_SHARE if system.pair and self._rates else 1.0
+        share = SATURATED_SHARE if system.pair and self._workload.common_rate else 1.0
         phase = self._client.closed(concurrency, lead + count, time.monotonic() + share * self.left)
         if phase.unfinished:
             ended = len(phase.samples)
@@ -166,6 +166,7 @@ class Measurement:
             if count < max(LEAST_COUNTED, system.units):
                 raise LoadFailed(self.record["reason"])
         window = figures.steady_window(phase.samples, lead, count)
+        whole = self._client.finish(lambda: self._running_at(window.ended) >= system.units, self._deadline)
         busy = figures.busy_share(self._target.denoise_intervals(), window, system.units)
         counted = sorted(phase.samples, key=lambda sample: sample.done.ended)[lead : lead + count]
         self.record["saturated"] = {
@@ -178,8 +179,13 @@ class Measurement:
             "stages": figures.stage_medians(counted),
             "transfers": self._transfers(window, counted),
             "dit_busy": busy,
+            "dit_busy_complete": whole,
         }
         self._keep()
+
+    def _running_at(self, moment: float) -> int:
+        """Denoises known to have run then: each is known only when it has ended."""
+        return sum(began < moment <= ended for began, ended in self._target.denoise_intervals())
 
     def _transfers(self, window: figures.Window, counted: list[Sample]) -> dict[str, float]:
         """Mean seconds a request; empty for systems without transfers.
@@ -198,7 +204,7 @@ class Measurement:
 
     def _arrivals(self) -> None:
         capacity = self.record["saturated"]["rate"]
-        if self._order.system.pair and self._rates:
+        if self._order.system.pair and self._workload.common_rate:
             common = self._order.common_rate or COMMON_SHARE * capacity
             self._poisson(common, f"{COMMON_SHARE:.0%} of lock-step", common=True)
         for share in self._rates:

@@ -73,11 +73,17 @@ def _busy_checks(records: Sequence[Record]) -> Iterator[str]:
             yield f"{record['name']}: the DiT is not clearly the bottleneck; its ranks are busy {_busy(record)}."
         else:
             reached = record["saturated"]["dit_busy"] >= 0.98
-            yield f"{record['name']}: DiT ranks busy {_busy(record)} under saturation; aim 98%: {_verdict(reached)}."
+            decided = _verdict(reached) if reached or _is_complete(record) else "not decided"
+            yield f"{record['name']}: DiT ranks busy {_busy(record)} under saturation; aim 98%: {decided}."
 
 
 def _busy(record: Record) -> str:
-    return f"{record['saturated']['dit_busy']:.1%}"
+    return f"{'' if _is_complete(record) else 'at least '}{record['saturated']['dit_busy']:.1%}"
+
+
+def _is_complete(record: Record) -> bool:
+    """Whether the denoises that ran at the window's end are counted, too."""
+    return record["saturated"].get("dit_busy_complete", False) is True
 
 
 def _exposed_checks(records: Sequence[Record]) -> Iterator[str]:

@@ -30,6 +30,7 @@ class Workload:
         requests: counted requests of the saturated phase and of each open-loop phase; fewer where time runs out.
         low: requests of the low-load phase, one at a time.
         rates: open-loop arrival rates as shares of the system's own measured capacity, the most wanted first.
+        common_rate: the pair is also compared at one arrival rate, a share of lock-step's capacity.
         concurrency: requests kept waiting or running in the saturated phase, per rank.
         short_lead: one burst before the steady window is enough (where encode and decode are next to nothing).
         systems: those that run unless others are asked for (see ``select``).
@@ -50,6 +51,7 @@ class Workload:
     requests: int = 30
     low: int = 4
     rates: tuple[float, ...] = (0.8, 0.5)
+    common_rate: bool = True
     concurrency: int = 2
     short_lead: bool = False
     systems: str = "a,b,c,d,e"
@@ -90,7 +92,7 @@ def _wan(frames: int, steps: int, **more: Any) -> Workload:
 
 
 # 50 steps: few requests, and nothing but low load and saturation.
-_LONG: dict[str, Any] = dict(requests=6, low=1, rates=(), concurrency=1, short_lead=True)
+_LONG: dict[str, Any] = dict(requests=6, low=1, rates=(), common_rate=False, concurrency=1, short_lead=True)
 
 WORKLOADS: dict[str, Workload] = {
     each.name: each

@@ -19,6 +19,7 @@ from ditrelay.models.timed_options import TimedOptions
 from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.local_transport import LocalNetwork
 from ditrelay.runtime.messages import Decode, Denoise, Drop, Encode, WorkerEvent
+from ditrelay.runtime.pipelines_core.executors import overlap
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.lane import Lane
 from ditrelay.runtime.pipelines_core.executors.overlap import OverlapLoop
@@ -66,6 +67,11 @@ class Rank:
         self.quiet()
         return names
 
+    def next_of(self, count: int) -> list[tuple[str, str]]:
+        """The next events' names and requests."""
+        events = [self._events.get(timeout=SOON) for _ in range(count)]
+        return [(type(event).__name__, event.request_id) for event in events]  # type: ignore[union-attr]
+
     def quiet(self) -> None:
         time.sleep(0.02)
         assert self._events.empty()
@@ -108,6 +114,45 @@ def test_steps_are_reported_as_the_device_does_them_and_two_are_launched_ahead(r
     assert rank.next(3) == ["Started", "StepDone", "StepDone"]
     rank.device.finish(3)
     assert rank.next(3) == ["StepDone", "StepDone", "Denoised"]
+
+
+def both_denoise(rank: Rank) -> None:
+    """r1 and r2 are encoded, both may denoise, and the device has done r1's."""
+    encoded(rank, "r1")
+    encoded(rank, "r2")
+    rank.loop.handle(Denoise(0, "r1"))
+    rank.loop.handle(Denoise(0, "r2"))
+    rank.device.finish(6)
+    assert rank.next_of(6)[-1] == ("Denoised", "r1")
+
+
+def test_a_picture_is_decoded_before_the_next_one_is_denoised(rank: Rank) -> None:
+    both_denoise(rank)
+    rank.loop.handle(Decode(0, "r1"))
+    rank.device.finish(2 + 6)
+    began = [request for name, request in rank.next_of(2 + 6) if name == "Started"]
+    assert began == ["r1", "r2"]
+
+
+def test_a_decode_that_is_not_sent_holds_the_next_denoise_up_for_a_moment_only(rank: Rank) -> None:
+    both_denoise(rank)
+    rank.device.finish(6)
+    assert rank.next_of(6)[-1] == ("Denoised", "r2")
+
+
+def test_a_request_that_is_cancelled_before_its_decode_holds_nothing_up(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overlap, "DECODE_SECONDS", 2 * SOON)
+    both_denoise(rank)
+    rank.loop.handle(Drop(0, "r1"))
+    rank.device.finish(6)
+    assert sorted(set(rank.next_of(7))) == [
+        ("Denoised", "r2"),
+        ("Dropped", "r1"),
+        ("Started", "r2"),
+        ("StepDone", "r2"),
+    ]
 
 
 def test_a_dropped_request_is_freed_only_when_the_device_is_done_with_it(rank: Rank) -> None:

@@ -191,6 +191,7 @@ def _record(system: System, rate: float, denoise: float = 1.0, **more: Any) -> d
             "stages": STAGES,
             "transfers": {} if whole else {"exposed": 0.001, "hidden": 0.002, "handoff": 0.1},
             "dit_busy": 0.99,
+            "dit_busy_complete": True,
         },
         "open": [{"label": "80% of its own", "common": False, "rate": 0.8 * rate, "latency": latency}],
         "memory": [
@@ -247,6 +248,14 @@ def test_a_report_of_nothing_but_failures_says_so_and_has_no_pictures(tmp_path: 
     result = _result({"name": "stock x4", **asdict(STOCK), "status": "failed", "reason": "no GPU", "open": []})
     assert "No system was measured." in serving_report.report(result)
     assert draw_plots(result, tmp_path) == []
+
+
+def test_a_busy_share_that_lacks_the_last_denoises_decides_nothing_against_a_system() -> None:
+    record = _record(ASYNC_SP, 1.7, 0.5)
+    record["saturated"] |= {"dit_busy": 0.96}
+    assert "busy 96.0% under saturation; aim 98%: **not reached**" in "\n".join(serving_verdict.checks([record]))
+    record["saturated"] |= {"dit_busy_complete": False}
+    assert "busy at least 96.0% under saturation; aim 98%: not decided" in "\n".join(serving_verdict.checks([record]))
 
 
 def test_no_conclusion_is_drawn_where_ranks_share_cores() -> None:
@@ -323,7 +332,7 @@ def test_one_system_is_measured_for_real(tmp_path: Path) -> None:
     (record,) = json.loads(file.read_text())["systems"]
     assert record["status"] == "done", record
     assert 0.35 < record["low"]["stages"]["denoise"] < 0.7  # it sleeps 0.36 s; a busy machine is late
-    assert 0.5 < record["saturated"]["dit_busy"] <= 1.0
+    assert 0.5 < record["saturated"]["dit_busy"] <= 1.0 and record["saturated"]["dit_busy_complete"]
     assert len(record["memory"]) == 2 and all(rank["peak"] > 1 << 20 for rank in record["memory"])
     assert "| colocated x2 |" in serving_report.report(result)
 

@@ -100,6 +100,15 @@ def test_draining_tells_whether_the_system_became_idle() -> None:
     assert not slow.drain(0.05)
 
 
+def test_what_is_on_the_way_ends_until_that_is_enough_and_nothing_new_begins() -> None:
+    target = FakeTarget(lanes=1, seconds=0.05)
+    client = Client(target)
+    client.closed(concurrency=4, needed=1, deadline=soon())
+    assert client.finish(lambda: target.running <= 2, soon()) and target.running == 2
+    assert not client.finish(lambda: False, soon(0.0))
+    assert client.finish(lambda: False, soon()) and target.running == 0
+
+
 def test_poisson_arrivals_have_the_rate_and_the_spread_of_a_poisson_process() -> None:
     arrivals = poisson_arrivals(rate=4.0, count=4000, seed=1)
     gaps = [later - earlier for earlier, later in zip([0.0, *arrivals], arrivals, strict=False)]

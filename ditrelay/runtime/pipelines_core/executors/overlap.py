@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -60,6 +60,8 @@ from ditrelay.runtime.topology import Edge, Role
 
 logger = logging.getLogger(__name__)
 
+DECODE_SECONDS = 0.02  # for the head to send a decode once it has heard of the denoise: a millisecond or two
+
 
 @dataclass(eq=False)
 class _Resident:
@@ -67,6 +69,7 @@ class _Resident:
     holds: int = 0
     queued: bool = False
     ending: Literal["", "drop", "release"] = ""
+    followed: threading.Event = field(default_factory=threading.Event)  # its decode is queued, or there will be none
 
     @property
     def request_id(self) -> str:
@@ -170,6 +173,7 @@ class OverlapLoop:
                     self._emit(Dropped(self._rank, request_id))
                 return
             resident.ending = how
+            resident.followed.set()
             if resident.queued:  # its job finds it unclaimable and does nothing
                 resident.queued = False
                 resident.holds -= 1
@@ -209,6 +213,8 @@ class OverlapLoop:
             resident.holds += 1
             resident.queued = True
         self._lanes[role].put(self._priority[role], lambda: self._compute(resident, role))
+        if role == "decode":
+            resident.followed.set()
 
     def _claim(self, resident: _Resident) -> bool:
         with self._lock:
@@ -237,6 +243,13 @@ class OverlapLoop:
             logger.debug("%s of request %s ended early", role, resident.request_id, exc_info=True)
             run.error = error
         progress.then(lambda reached: self._ended(resident, run, reached))
+        if role == "denoise" and run.error is None and self._lanes.get("decode") is self._lanes[role]:
+            self._keep_lane_for_decode(resident, run)
+
+    def _keep_lane_for_decode(self, resident: _Resident, run: StageRun) -> None:
+        """A denoise that is launched now would hold the finished picture up for as long as it takes itself."""
+        while not resident.followed.wait(DECODE_SECONDS) and not run.at:
+            pass  # the device still computes
 
     def _announce(self, resident: _Resident, progress: Progress) -> None:
         """A stage that raises has raised by now: from here on it can only fail with the whole device."""
