@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ def origin(source: Mapping[str, Any], *, where: str = "", packages: Sequence[str
 
 def _shown(argument: str) -> str:
     """An argument as others can use it: where a folder lies on this machine tells them nothing."""
-    return f".../{Path(argument).name}" if argument.startswith("/") else argument
+    return f".../{Path(argument).name}" if argument.startswith("/") else shlex.quote(argument)
 
 
 def _output(*command: str) -> str:

@@ -18,7 +18,8 @@ GIB = 1 << 30
 
 def checks(records: Sequence[Record]) -> list[str]:
     """The aims of the project that this run can decide, each with its figure."""
-    return [*_pair_checks(records), *_busy_checks(records), *_exposed_checks(records), *_stock_checks(records)]
+    found = (_pair_checks, _busy_checks, _exposed_checks, _stock_checks, _spread_checks)
+    return [sentence for check in found for sentence in check(records)]
 
 
 def _find(records: Sequence[Record], kind: str, *, pair: bool | None = None) -> Record | None:
@@ -107,6 +108,20 @@ def _stock_checks(records: Sequence[Record]) -> Iterator[str]:
     yield (
         f"Denoise time against stock diffusers at low load ({ours['name']} / {stock['name']}): {ratio:.3f}; aim at "
         f"most 1.02: {_verdict(ratio <= 1.02)}."
+    )
+
+
+def _spread_checks(records: Sequence[Record]) -> Iterator[str]:
+    """One request at a time over all ranks: ditrelay's replica against diffusers' context parallelism."""
+    ours = next((r for r in records if r["kind"] == "colocated" and r["sp"] > 1 and "low" in r), None)
+    stock = next((r for r in records if r["kind"] == "stock-cp" and "low" in r), None)
+    if ours is None or stock is None:
+        return
+    denoises = [low_stages(record)["denoise"] for record in (ours, stock)]
+    whole = [record["low"]["latency"]["p50"] for record in (ours, stock)]
+    yield (
+        f"One request over all ranks ({ours['name']} / {stock['name']}): its denoise takes "
+        f"{denoises[0] / denoises[1]:.2f} of stock diffusers' time, all of it {whole[0]:.3g} s, not {whole[1]:.3g} s."
     )
 
 

@@ -258,6 +258,17 @@ def test_a_busy_share_that_lacks_the_last_denoises_decides_nothing_against_a_sys
     assert "busy at least 96.0% under saturation; aim 98%: not decided" in "\n".join(serving_verdict.checks([record]))
 
 
+def test_a_request_over_all_ranks_is_compared_with_diffusers_own_way_to_spread_it() -> None:
+    ours = _record(System(kind="colocated", ranks=2, sp=2), 1.4, 0.5)
+    stock = _record(System(kind="stock-cp", ranks=2), 1.1, 0.9)
+    found = "\n".join(serving_verdict.checks([stock, ours]))
+    assert (
+        "(colocated sp2 / stock cp2): its denoise takes 0.56 of stock diffusers' time, all of it 1.5 s, not 1.5 s"
+        in found
+    )
+    assert "over all ranks" not in "\n".join(serving_verdict.checks([stock, _record(COLOCATED, 2.0)]))
+
+
 def test_no_conclusion_is_drawn_where_ranks_share_cores() -> None:
     result = _result(_record(ASYNC, 2.0), _record(COLOCATED, 2.5))
     assert "When not to disaggregate" in serving_report.report(result)
