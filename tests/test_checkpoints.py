@@ -19,6 +19,7 @@ from ditrelay.errors import CodecError, RequestCancelled
 from ditrelay.runtime.payloads import State, StateValue
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.progress import HostProgress, Reached
+from ditrelay.runtime.pipelines_core.executors.state_files import save
 from ditrelay.runtime.spool import Spool
 from ditrelay.runtime.tickets import Ticket
 
@@ -138,6 +139,28 @@ def test_a_disk_that_is_full_costs_no_request(tmp_path: Path, caplog: pytest.Log
         checkpoints.keep("r", step, lambda: STATE, HostProgress())
         wait_until(lambda: not checkpoints._writing.is_set())
     assert caplog.text.count("could not be written") == 2
+
+
+@pytest.mark.parametrize("number", [None, errno.EIO])
+def test_one_whose_request_ends_while_it_is_written_is_no_failure_and_a_disk_that_fails_is(
+    spool: Spool, number: int | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write_and_end(*what: object) -> None:
+        save(*what)
+        spool.discard("r")
+
+    def fail(*paths: Path) -> None:
+        raise OSError(number, os.strerror(number or 0))
+
+    if number is None:
+        monkeypatch.setattr("ditrelay.runtime.pipelines_core.executors.checkpoints.save", write_and_end)
+    else:
+        monkeypatch.setattr(os, "replace", fail)
+    checkpoints = Checkpoints(spool, 1)
+    checkpoints.keep("r", 1, lambda: STATE, HostProgress())
+    wait_until(lambda: not checkpoints._writing.is_set())
+    assert [record.levelno for record in caplog.records] == ([] if number is None else [logging.WARNING])
+    assert not list(spool.folder.iterdir())
 
 
 def test_a_model_that_can_not_be_continued_says_so_once(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:

@@ -419,3 +419,36 @@ def test_cancel_all_and_clear_finished(opened):
         page.click("#clear")
         assert page.locator(".card").count() == 0
         assert page.is_visible("#examples")
+
+
+def test_seeds_that_no_number_of_javascript_holds_are_sent_and_shown_as_they_are(opened):
+    with opened() as page:
+        setting(page, "seed", str(2**53 + 1))
+        setting(page, "count", "2")
+        ask(page, 'a "seed":7 of an apple')
+        until(page, "document.querySelectorAll('.card.done').length === 2")
+        shown = [card(page, place).locator(".numbers button").inner_text() for place in (1, 0)]
+        assert shown == ["seed 9007199254740993", "seed 9007199254740994"]
+        assert card(page).locator(".prompt").inner_text() == 'a "seed":7 of an apple'
+        setting(page, "seed", "1")
+        card(page).locator(".numbers button").click()
+        assert page.input_value("#seed") == "9007199254740994"
+        assert page.input_value("#prompt") == 'a "seed":7 of an apple'
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("1e3", 1000), ("1.0", 1), (str(2**63 - 1), 2**63 - 1)])
+def test_a_seed_is_taken_however_it_is_written(opened, typed, meant):
+    with opened() as page:
+        setting(page, "seed", typed)
+        ask(page, "an apple")
+        page.wait_for_selector(".card.done")
+        assert card(page).locator(".numbers button").inner_text() == f"seed {meant}"
+
+
+def test_a_seed_that_is_none_is_refused_at_its_field(opened):
+    with opened(wrong=("400",)) as page:
+        for typed, reason in (("0.5", "Seed: "), ("-1", "Seed: "), (str(2**63), "seed: ")):
+            setting(page, "seed", typed)
+            ask(page, "an apple")
+            until(page, f"document.getElementById('order-error').textContent.startsWith('{reason}')")
+            assert page.get_attribute("#seed", "aria-invalid") == "true"

@@ -72,6 +72,19 @@ def test_a_clip_is_cancelled_in_the_middle_and_the_next_one_is_made(browser, cli
     assert {video["prompt"]: video["status"] for video in videos[:2]} == {"a hare": "completed", "a snail": "cancelled"}
 
 
+def test_a_clip_of_a_seed_that_no_number_of_javascript_holds_is_shown_with_it(browser, clips):
+    with watched_page(browser, clips.url) as page:
+        small(page, steps="2")
+        setting(page, "seed", str(2**62 + 1))
+        ask(page, "a whale")
+        page.locator(".card.done", has_text="a whale").wait_for()
+        assert page.locator(".card", has_text="a whale").get_by_text(f"seed {2**62 + 1}").is_visible()
+        page.reload()
+        page.locator(".card.done", has_text="a whale").get_by_text(f"seed {2**62 + 1}").wait_for()
+    videos = httpx.get(f"{clips.url}/v1/videos", headers=BEARER, timeout=10).json()["data"]
+    assert [video["seed"] for video in videos if video["prompt"] == "a whale"] == [2**62 + 1]
+
+
 def test_the_built_in_model_makes_a_clip_of_its_only_size_from_a_prompt(browser, tmp_path):
     flags = ("--model-path", "builtin:emoji-video", "--device", "cpu", "--no-warmup", "--output-dir", str(tmp_path))
     with KeyedServer(*flags) as server, watched_page(browser, server.url) as page:

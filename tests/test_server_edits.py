@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import msgspec
 import pytest
 from picture_samples import animated, huge, picture
-from server_fakes import CardEngine, FakeEngine, running
+from server_fakes import CardEngine, FakeEngine, running, settle
 
 from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.server.edit_schemas import ImageEditRequest
 
 ADDRESS = "/v1/images/edits"
 PNG = picture()
@@ -242,3 +244,56 @@ def test_an_upload_may_be_larger_than_other_bodies_up_to_its_own_limit() -> None
     assert edit(CardEngine(args), **form(large)).status_code == 200
     response = edit(CardEngine(args), **form(picture(300, 300)))
     assert response.status_code == 413 and "--max-upload-bytes" in response.json()["error"]["message"]
+
+
+def test_pictures_that_nobody_waits_for_count_among_the_bytes_under_way_until_they_are_drawn() -> None:
+    large = picture(256, 256)
+    args = ServerArgs(served_model_name="tiny", max_request_bytes=1000, max_total_bytes=2 * len(large))
+
+    async def main() -> None:
+        engine = CardEngine(args=args)
+        async with running(engine) as client, asyncio.timeout(10):
+
+            async def draw() -> httpx.Response:
+                later = {"Prefer": "respond-async"}
+                return await client.post(ADDRESS, **form(large, prompt="a cat [wait]", n="2"), headers=later)
+
+            assert (await draw()).status_code == 202
+            turned_away = await draw()
+            assert (turned_away.status_code, turned_away.headers["retry-after"]) == (429, "9")
+            for ticket in engine.tickets:
+                ticket.finish()
+            await settle()
+            assert (await draw()).status_code == 202
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("charset", ["punycode", "undefined", '"idna"', "latin-1", "no-such"])
+def test_a_form_is_in_utf_8_and_read_by_no_other_codec(charset: str) -> None:
+    fields = {"prompt-": (None, f"{'b' * 100_000}-{'a' * 100_000}"), "image": (None, data_url())}
+    request = httpx.Request("POST", "http://x", files=fields)  # punycode would take a second for this prompt
+    kind = f"{request.headers['content-type']}; charset={charset}"
+    answer = edit(content=request.read(), headers={"content-type": kind})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_content_type")
+    assert "utf-8" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", '"UTF-8"', "us-ascii"])
+def test_a_form_may_say_that_it_is_in_utf_8(charset: str) -> None:
+    request = httpx.Request("POST", "http://x", **form(prompt="a café"))
+    kind = f"{request.headers['content-type']}; charset={charset}"
+    assert edit(content=request.read(), headers={"content-type": kind}).status_code == 200
+
+
+@pytest.mark.parametrize("wrap", [lambda fields: fields, lambda fields: {"prompt": "a cat", "image": fields}])
+def test_a_body_of_a_hundred_thousand_fields_is_refused_before_each_becomes_an_error(
+    wrap: Callable[[dict[str, int]], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*what: object, **how: object) -> None:
+        raise AssertionError("it was checked field by field")
+
+    monkeypatch.setattr(ImageEditRequest, "model_validate", refuse)
+    answer = edit(json=wrap(dict.fromkeys(map(str, range(100_000)), 0)))
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+    assert answer.json()["error"]["message"].startswith("the body has 100000 fields in one object; allowed: ")

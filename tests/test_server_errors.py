@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import httpx
 import pytest
-from server_fakes import FakeEngine, post, running, settle
+from server_fakes import CardEngine, FakeEngine, post, running, settle
 
 from ditrelay.runtime.server_args import ServerArgs
 
@@ -239,3 +240,35 @@ def test_a_lost_worker_does_not_turn_requests_away():
             return await client.post(ADDRESS, json={"prompt": "a cat"})
 
     assert asyncio.run(main()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "begin"), [(b"application/json", b'{"prompt'), (b"multipart/form-data; boundary=x", b"--x\r\nContent")]
+)
+@pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits"])
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_servers(path, kind, begin, caplog):
+    async def main() -> None:
+        parts = [{"type": "http.disconnect"}, {"type": "http.request", "body": begin, "more_body": True}]
+        sent = []
+
+        async def receive():
+            return parts.pop()
+
+        async def send(message):
+            sent.append(message)
+
+        headers = [(b"content-type", kind)]
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        async with running(CardEngine()) as client:
+            await client._transport.app(scope, receive, send)
+        assert sent[0]["status"] == 499
+
+    asyncio.run(main())
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("count", [51, 90_000])
+def test_a_body_of_more_fields_than_any_request_has_is_refused_before_each_becomes_an_error(count):
+    error = error_of(fetch("POST", ADDRESS, json=dict.fromkeys(map(str, range(count)), 0)), 400)
+    assert (error["code"], error["param"]) == ("invalid_json", None)
+    assert error["message"] == f"the body has {count} fields in one object; allowed: 50"

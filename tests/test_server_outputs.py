@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from server_fakes import running
 from test_server_videos import ADDRESS, CARD, MP4, VideoEngine, create, engine_jobs, png, serving, until
 
 from ditrelay.server import jobs
-from ditrelay.server.job_store import JobStore
+from ditrelay.server.job_store import Job, JobStore
 
 FROM_PICTURE = msgspec.structs.replace(CARD, needs_image=True)
 
@@ -41,6 +41,94 @@ def test_a_video_that_does_not_fit_on_the_disk_fails_and_takes_no_space(
             await until(client, made["id"], status="completed")
 
     asyncio.run(main())
+
+
+def test_a_fault_of_the_servers_own_ends_the_video_and_is_told_to_the_log_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(tmp_path) as (client, _):
+            failed = await until(client, (await create(client, "[bug]"))["id"], status="failed")
+            assert failed["error"]["message"] == "internal error; the server's log has the cause"
+            made = await create(client, "a dog")
+            await until(client, made["id"], status="completed")
+
+    asyncio.run(main())
+    assert "ZeroDivisionError: secret" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "expected"),
+    [({}, 200, MP4), ({"range": "bytes=4-5"}, 206, b"of"), ({"range": "bytes=99-"}, 416, b"")],
+)
+def test_a_video_deleted_while_it_is_sent_is_sent_whole_and_nothing_of_it_stays_open(
+    tmp_path: Path, headers: dict[str, str], status: int, expected: bytes
+) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(tmp_path) as (client, _):
+            video_id = (await create(client, "a cat"))["id"]
+            await until(client, video_id, status="completed")
+            path = tmp_path / f"{video_id}.mp4"
+            sent = await asked(client, f"{ADDRESS}/{video_id}/content", headers, on_start=path.unlink)
+            assert sent[0]["status"] == status
+            assert b"".join(message["body"] for message in sent[1:]) == expected
+            assert dict(sent[0]["headers"])[b"content-length"] == b"%d" % len(expected)
+            assert not [fd for fd in Path("/proc/self/fd").iterdir() if str(path) in linked(fd)]
+            gone = await client.get(f"{ADDRESS}/{video_id}/content")
+            assert (gone.status_code, gone.json()["error"]["code"]) == (404, "file_not_found")
+
+    asyncio.run(main())
+
+
+def test_a_video_whose_file_goes_before_the_answer_begins_is_sent_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(tmp_path) as (client, _):
+            video_id = (await create(client, "a cat"))["id"]
+            await until(client, video_id, status="completed")
+            path, call = tmp_path / f"{video_id}.mp4", jobs.Jobs.call
+
+            async def call_and_remove(self: jobs.Jobs, what: Any, *values: Any, **named: Any) -> Any:
+                done = await call(self, what, *values, **named)
+                if not isinstance(done, Job):
+                    path.unlink()
+                return done
+
+            monkeypatch.setattr(jobs.Jobs, "call", call_and_remove)
+            answer = await client.get(f"{ADDRESS}/{video_id}/content")
+            assert (answer.status_code, answer.content, path.exists()) == (200, MP4, False)
+
+    asyncio.run(main())
+
+
+async def asked(
+    client: httpx.AsyncClient, path: str, headers: dict[str, str], *, on_start: Callable[[], None]
+) -> list[MutableMapping[str, Any]]:
+    """What the application sends for one GET; ``on_start`` is called between its status and its body."""
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+        if message["type"] == "http.response.start":
+            on_start()
+
+    async def receive() -> MutableMapping[str, Any]:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}, "http_version": "1.1", "scheme": "http", "method": "GET"}
+    scope |= {"path": path, "query_string": b"", "headers": raw, "server": ("pictures.test", 80), "root_path": ""}
+    await client._transport.app(scope, receive, send)
+    return sent
+
+
+def linked(descriptor: Path) -> str:
+    try:
+        return os.readlink(descriptor)
+    except FileNotFoundError:  # the one that the folder was read by
+        return ""
 
 
 def test_a_file_that_cannot_be_removed_stays_known_and_keeps_no_other_from_its_end(tmp_path: Path) -> None:

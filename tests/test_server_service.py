@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 
+import anyio
 import httpx
 import pytest
 from server_fakes import FakeEngine, running, settle
@@ -20,6 +21,24 @@ def get(address: str, engine: FakeEngine | None = None) -> httpx.Response:
             return await client.get(address)
 
     return asyncio.run(main())
+
+
+def test_no_request_waits_for_another_thread_of_the_frameworks(monkeypatch):
+    """What is not async it calls on a thread, and a thread's turn costs a quarter of a millisecond, twice."""
+
+    async def refuse(*what: object, **how: object) -> None:
+        raise AssertionError(f"on a thread: {what}")
+
+    async def main() -> None:
+        async with running(FakeEngine()) as client:
+            monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
+            for address in ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/topology", "/v1/jobs"):
+                assert (await client.get(address)).status_code == 200, address
+            drawn = await client.post("/v1/images/generations", json={"prompt": "a cat"})
+            assert (await client.get(drawn.json()["data"][0]["url"])).status_code == 200
+            assert (await client.get("/v1/videos")).json()["error"]["code"] == "unsupported_model"
+
+    asyncio.run(main())
 
 
 def test_health_answers_while_the_model_loads_and_ready_follows_the_workers():

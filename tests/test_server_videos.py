@@ -449,6 +449,20 @@ def test_after_a_restart_old_videos_are_there_and_what_was_left_is_made_once_wit
     asyncio.run(main())
 
 
+def test_a_video_is_as_long_as_its_own_model_made_it_whatever_is_served_now(tmp_path):
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(tmp_path) as (client, _):
+            made = await create(client, "a cat", num_frames=33)
+            done = await until(client, made["id"], status="completed")
+        other = msgspec.structs.replace(CARD, fps=24)
+        async with asyncio.timeout(30), serving(tmp_path, card=other, served_model_name="other") as (client, _):
+            [kept] = (await client.get(ADDRESS)).json()["data"]
+            assert kept["seconds"] == done["seconds"] == f"{33 / 16:.4g}"
+            assert (await create(client, "a dog", num_frames=33))["seconds"] == f"{33 / 24:.4g}"
+
+    asyncio.run(main())
+
+
 def test_a_file_that_was_written_before_the_crash_is_not_made_again(tmp_path):
     async def main() -> None:
         async with asyncio.timeout(30), serving(tmp_path) as (client, engine):

@@ -76,6 +76,7 @@ def _middleware(context: Context) -> list[Middleware]:
         max_upload=max(args.max_request_bytes, min(args.max_upload_bytes, args.max_total_bytes)),
         max_total=args.max_total_bytes,
         retry_after=lambda: context.engine.status().retry_after,
+        held=context.held,
     )
     traced = [Middleware(CallersTrace)] if args.traces_url() else []
     guard = Middleware(ApiKey, key=key) if key else Middleware(OwnPages)

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from ditrelay.server.problem import ApiError, shorten
+from ditrelay.server.schemas import MAX_FIELDS, too_many_fields
 from ditrelay.server.uploads import PictureReference, Upload
 
 FORM = "multipart/form-data"
 _MAX_FILES = 20
-_MAX_FIELDS = 50
+# Of all that Python knows, some raise, and punycode would take hours for what a body may hold.
+_CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii"})
 _NO_LIMIT = sys.maxsize  # of one field: that of the whole body is enough
 
 Schema = TypeVar("Schema", bound=BaseModel)
+
+
+@dataclass
+class HeldBytes:
+    """Bytes of clients that are in memory: bodies of requests that are not answered yet, and pictures to start from
+    where nobody waits for the answer. Belongs to the event loop's thread."""
+
+    nbytes: int = 0
+
+    @contextmanager
+    def holding(self, nbytes: int) -> Iterator[None]:
+        """Around the time for which ``nbytes`` more are held."""
+        self.nbytes += nbytes
+        try:
+            yield
+        finally:
+            self.nbytes -= nbytes
 
 
 @dataclass(frozen=True)
@@ -71,7 +92,7 @@ async def read_body(request: Request, *, files: Collection[str]) -> Body:
     if kind != "application/json":
         raise ApiError(400, f"Content-Type: must be application/json or {FORM}", code="invalid_content_type")
     try:
-        document = json.loads(await request.body())
+        document = json.loads(await request.body(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
     if not isinstance(document, dict):
@@ -99,10 +120,19 @@ def required(param: str) -> ApiError:
     return ApiError(400, f"{param}: required", param=param, code="missing_required_parameter")
 
 
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(fields) > MAX_FIELDS:
+        raise ApiError(400, too_many_fields(len(fields)), code="invalid_json")
+    return dict(fields)
+
+
 async def _read_form(request: Request, files: Collection[str]) -> Body:
+    _, options = parse_options_header(request.headers["content-type"])
+    if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
+        raise ApiError(400, "Content-Type: a form's charset must be utf-8", code="invalid_content_type")
     body = Body({}, {}, is_form=True)
     try:
-        async with request.form(max_files=_MAX_FILES, max_fields=_MAX_FIELDS, max_part_size=_NO_LIMIT) as form:
+        async with request.form(max_files=_MAX_FILES, max_fields=MAX_FIELDS, max_part_size=_NO_LIMIT) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     await _add_file(body, name.removesuffix("[]"), value, files)

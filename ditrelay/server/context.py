@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from ditrelay.server.board import Board
+from ditrelay.server.bodies import HeldBytes
 from ditrelay.server.files import FileStore
 from ditrelay.server.image_jobs import ImageJobs
 from ditrelay.server.jobs import Jobs
@@ -33,6 +34,7 @@ class Context:
         engine: does the work.
         files: pictures to be fetched by address.
         recent_files: those that their clients have got in the answer, for whoever follows their jobs.
+        held: what clients have sent and is still in memory.
         board: the jobs: all pictures, and the videos where the model makes them.
         closed: set at the end, for streams that have no end of their own.
         started: the engine's start is complete. Stays true while a lost worker is replaced: requests wait then.
@@ -48,6 +50,7 @@ class Context:
     recent_files: FileStore = field(
         default_factory=lambda: FileStore(max_files=200, max_bytes=64 << 20, lifetime=600.0)
     )
+    held: HeldBytes = field(default_factory=HeldBytes)
     board: Board = field(default_factory=Board)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     started: bool = False
@@ -202,7 +205,7 @@ def _edge_states(status: EngineStatus) -> list[EdgeState]:
     ]
 
 
-def _context(request: Request) -> Context:
+async def _context(request: Request) -> Context:  # what is not async, FastAPI would call on another thread
     context: Context = request.app.state.context
     return context
 

@@ -65,7 +65,8 @@ async def _see_through(
         with context.taken():
             async with submitted as jobs:
                 queued.set_result(jobs)
-                await asyncio.wait([job.work for job in jobs])  # how each ended is told by its events
+                with context.held.holding(len(jobs[0].ticket.params.image or b"")):  # all start from the same
+                    await asyncio.wait([job.work for job in jobs])  # how each ended is told by its events
     except ApiError as error:
         if not queued.done():
             raise

@@ -43,7 +43,8 @@ class Job:
     Attributes:
         id: public name, of our own making.
         model: the name of the model that it is for.
-        params: the parameters as they were resolved, JSON; the picture to start from is kept beside the row.
+        params: the parameters as they were resolved, and the model's frames per second (``fps``), JSON; the picture to
+            start from is kept beside the row.
         fingerprint: tells two requests with one ``idempotency_key`` apart.
         created, started, completed: Unix time in seconds; ``completed`` is when it ended, however it ended.
         error: why it failed.

@@ -21,7 +21,7 @@ from ditrelay.errors import ConfigError, DitrelayError, EngineClosed, QueueFull
 from ditrelay.runtime.request import RequestState, SamplingParams
 from ditrelay.runtime.telemetry import Carrier, called_by, caller
 from ditrelay.server.events import EventLog, EventLogs
-from ditrelay.server.image_jobs import completed, event_of
+from ditrelay.server.image_jobs import completed, error_of, event_of
 from ditrelay.server.job_schemas import Cancelled, Completed, Failed, Queued
 from ditrelay.server.job_store import Job, JobState, JobStore, lock_file
 from ditrelay.server.live import JobNames, Live
@@ -105,7 +105,7 @@ class Jobs:
 
     async def add(self, params: SamplingParams, *, key: str | None, fingerprint: str) -> Job | None:
         """Queue a job of resolved parameters. Returns what ``JobStore.add`` does."""
-        document = msgspec.to_builtins(msgspec.structs.replace(params, image=None))
+        document = msgspec.to_builtins(msgspec.structs.replace(params, image=None)) | {"fps": self.engine.card.fps}
         job = Job(
             id=f"video_{secrets.token_hex(16)}",
             model=self.engine.args.model_name,
@@ -254,6 +254,9 @@ class Jobs:
             await self._fail(job, str(error))
         except OSError as error:
             await self._fail(job, f"the video could not be written to --output-dir: {error.strerror}")
+        except Exception as error:  # a fault of ours; the job must not stay in progress for good
+            logger.exception("%s failed: %s", job.id, error)
+            await self._fail(job, error_of(error).message)
         finally:
             if live.ticket is not None:
                 live.ticket.cancel()

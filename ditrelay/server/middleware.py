@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import re
 import socket
@@ -18,6 +17,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditrelay.runtime.telemetry import CARRIER_HEADERS, called_by
 from ditrelay.server import playground
+from ditrelay.server.addresses import address_of
+from ditrelay.server.bodies import HeldBytes
 from ditrelay.server.problem import cross_site, shorten, strange_host, unauthorized
 
 logger = logging.getLogger(__name__)
@@ -128,23 +129,14 @@ def _strange_name(scope: Scope) -> str | None:
     except ValueError:
         return host
     own = {"localhost", socket.gethostname().lower()}
-    if _address(name) is not None or name in own or name.endswith((".localhost", ".local")):
+    if address_of(name) is not None or name in own or name.endswith((".localhost", ".local")):
         return None
     return name
 
 
 def _is_loopback(server: tuple[str, int | None] | None) -> bool:
-    address = _address(server[0]) if server else None
-    if isinstance(address, ipaddress.IPv6Address):
-        address = address.ipv4_mapped or address
+    address = address_of(server[0]) if server else None
     return address is not None and address.is_loopback
-
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        return ipaddress.ip_address(text)
-    except ValueError:
-        return None
 
 
 def _is_cross_site(scope: Scope) -> bool:
@@ -166,12 +158,15 @@ class CallersTrace:
 class BodyLimit:
     """Refuses a body that is too large (413), one too many at a time (429), and one that stops coming (408).
 
+    One whose client leaves in the middle is 499 in the log, nginx's status for it, and no fault of the server's.
+
     Args:
         max_bytes: the largest body allowed.
         max_upload: the same at the addresses that take pictures.
-        max_total: bytes of the bodies of all requests that are not answered yet.
+        max_total: bytes that may be held.
         timeout: seconds that the body may stand still.
         retry_after: seconds after which a client that is turned away should come back.
+        held: counts what is held, also by others; one of its own where it isn't given.
     """
 
     def __init__(
@@ -183,6 +178,7 @@ class BodyLimit:
         max_total: int = 256 << 20,
         timeout: float = 30.0,
         retry_after: Callable[[], int] = lambda: 1,
+        held: HeldBytes | None = None,
     ) -> None:
         self._app = app
         self._max_bytes = max_bytes
@@ -190,7 +186,7 @@ class BodyLimit:
         self._max_total = max_total
         self._timeout = timeout
         self._retry_after = retry_after
-        self._held = 0  # bytes of the bodies of requests that are not answered yet
+        self._held = held or HeldBytes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -202,9 +198,11 @@ class BodyLimit:
             if complete:  # what comes now is the disconnect, and that may take as long as it likes
                 return await receive()
             message = await self._next(receive)
+            if message["type"] == "http.disconnect":
+                raise _refused(499, "the client closed the connection before the end of the body")
             size = len(message.get("body", b""))
             received += size
-            self._held += size
+            self._held.nbytes += size
             complete = not message.get("more_body", False)
             if (refusal := self._refusal(received, is_upload)) is not None:
                 if not complete:
@@ -215,14 +213,14 @@ class BodyLimit:
         try:
             await self._app(scope, receive_limited, send)
         finally:
-            self._held -= received
+            self._held.nbytes -= received
 
     def _refusal(self, received: int, is_upload: bool) -> HTTPException | None:
         limit = self._max_upload if is_upload else self._max_bytes
         if received > limit:
             flag = "--max-upload-bytes" if is_upload else "--max-request-bytes"
             return _refused(413, f"the body is larger than {limit} bytes ({flag})")
-        if self._held > self._max_total:
+        if self._held.nbytes > self._max_total:
             seconds = str(self._retry_after())
             reason = f"requests with {self._max_total} bytes are under way (--max-total-bytes)"
             return _refused(429, f"{reason}; try again in {seconds} s", {"Retry-After": seconds})

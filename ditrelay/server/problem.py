@@ -185,6 +185,7 @@ def _http_error(request: Request, error: HTTPException) -> ApiError:
         408: (error.detail, "body_timeout"),
         413: (error.detail, "body_too_large"),
         429: (error.detail, "too_many_bytes"),
+        499: (error.detail, "client_closed_request"),
     }.get(error.status_code, (error.detail, None))
     kind = "rate_limit_error" if error.status_code == 429 else INVALID
     headers = _allow(request, error) if error.status_code == 405 else error.headers
@@ -206,6 +207,8 @@ def _schema_refused(request: Request, error: RequestValidationError) -> ApiError
     if kind == "json_invalid":
         reason = f"the body is not JSON: {first['ctx']['error']} at character {location[1]}"
         return ApiError(400, reason, code="invalid_json")
+    if kind == "too_many_fields":
+        return ApiError(400, first["msg"], code="invalid_json")
     if len(location) < 2:
         return _no_object(first["input"])
     param = shorten(str(location[1]))

@@ -19,6 +19,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import h11
 
 from ditrelay.errors import InvalidRequest
+from ditrelay.server.addresses import address_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -174,17 +175,14 @@ async def look_up(host: str, port: int) -> list[str]:
 
 def is_public(number: str) -> bool:
     """Whether an address is one of the public network: not this machine's, not its network's, nobody's group."""
-    try:
-        address = ipaddress.ip_address(number)
-    except ValueError:
-        return False
+    address = address_of(number)
     if isinstance(address, ipaddress.IPv6Address):
-        within = address.ipv4_mapped or address.sixtofour or (address.teredo and address.teredo[1])
+        within = address.sixtofour or (address.teredo and address.teredo[1])
         if address in _NAT64:
             within = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if within:
             return is_public(str(within))
-    return address.is_global and not address.is_multicast
+    return address is not None and address.is_global and not address.is_multicast
 
 
 def _joined(address: str, location: str) -> str:

@@ -6,13 +6,16 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.metrics import Timings
 from ditrelay.runtime.request import PictureFormat, SamplingParams
 from ditrelay.server.model_limits import ModelLimits
+
+MAX_FIELDS = 50
+"""Of one JSON object, and of a form."""
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
@@ -30,6 +33,12 @@ def _check_size(size: str) -> str:
     if size != "auto" and not _SIZE.fullmatch(size):
         raise PydanticCustomError("size", "must be 'auto' or WIDTHxHEIGHT in pixels, for instance '128x128'")
     return size
+
+
+def too_many_fields(count: int) -> str:
+    """Why an object of more than ``MAX_FIELDS`` is refused unread: each would become an error of its own, kilobytes in
+    size."""
+    return f"the body has {count} fields in one object; allowed: {MAX_FIELDS}"
 
 
 Text = Annotated[str, AfterValidator(_check_text)]
@@ -89,6 +98,13 @@ class ImageGenerationRequest(BaseModel):
     negative_prompt: Text | None = Field(None, description="What to keep away from; needs guidance.")
     height: Count | None = Field(None, description="Pixels; must not contradict size.")
     width: Count | None = Field(None, description="Pixels; must not contradict size.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number_of_fields(cls, fields: object) -> object:
+        if isinstance(fields, dict) and len(fields) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", too_many_fields(len(fields)))
+        return fields
 
     def check_stream(self) -> None:
         """What a stream cannot give is refused before anything is drawn.

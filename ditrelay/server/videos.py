@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+from typing import Annotated, BinaryIO, Literal
 
 import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import FileResponse
+from starlette.types import Receive, Scope, Send
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.request import SamplingParams
@@ -24,7 +26,7 @@ router = APIRouter(prefix="/v1", tags=["videos"], responses=RESPONSES)
 _QUERY = ("after", "limit", "order")
 
 
-def _jobs(context: ContextDep) -> Jobs:
+async def _jobs(context: ContextDep) -> Jobs:
     """Raises ``ApiError``: the model makes no videos (400), or the server only begins (503)."""
     if context.engine.card.media != "video":
         reason = (
@@ -112,10 +114,12 @@ async def get_video_content(
         reason = f"video_id: this video is {job.state}; there is a file once it is completed"
         raise ApiError(400, reason, param="video_id", code="video_not_completed")
     path = jobs.path(job)
-    if not await jobs.call(path.is_file):
-        raise ApiError(404, "video_id: the file is not there any more", param="video_id", code="file_not_found")
-    headers = {"Cache-Control": "private, immutable", "X-Content-Type-Options": "nosniff"}
-    return FileResponse(path, media_type="video/mp4", filename=job.file_name, headers=headers)
+    try:
+        file = await jobs.call(lambda: path.open("rb"))
+    except FileNotFoundError:
+        reason = "video_id: the file is not there any more"
+        raise ApiError(404, reason, param="video_id", code="file_not_found") from None
+    return _OpenFile(file, job.file_name)
 
 
 @router.post("/videos/{video_id}/cancel")
@@ -174,6 +178,24 @@ def _too_many(context: Context) -> ApiError:
 # ---------------------------------------------------------------- answering
 
 
+class _OpenFile(FileResponse):
+    """A file that is open: it is sent whole, though it may be deleted before its end, or before its begin."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        super().__init__(
+            f"/proc/self/fd/{file.fileno()}",  # which opens it again, whether it still has a name or not
+            stat_result=os.fstat(file.fileno()),
+            media_type="video/mp4",
+            filename=name,
+            headers={"Cache-Control": "private, immutable", "X-Content-Type-Options": "nosniff"},
+        )
+        self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
+
+
 async def _find(video_id: str, jobs: Jobs) -> Job:
     job = await jobs.call(jobs.store.get, video_id) if len(video_id) <= 64 else None
     if job is None:
@@ -195,7 +217,8 @@ def _repeated(job: Job, mark: str, jobs: Jobs) -> Video:
 def _video(job: Job, jobs: Jobs) -> Video:
     params, running = msgspec.convert(job.params, SamplingParams), job.state is JobState.IN_PROGRESS
     live = jobs.live.get(job.id) or Live()
-    frames, fps = params.num_frames or 1, jobs.engine.card.fps
+    # Of the model that made it, which may not be served any more; rows of older servers don't have it.
+    frames, fps = params.num_frames or 1, job.params.get("fps", jobs.engine.card.fps)
     steps = params.num_inference_steps or 0
     return Video(
         id=job.id,

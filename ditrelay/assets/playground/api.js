@@ -61,13 +61,20 @@ export async function send(path, { method = "GET", body, headers = {}, signal } 
     method,
     signal,
     headers: body === undefined || isForm ? headers : { "Content-Type": "application/json", ...headers },
-    body: body === undefined || isForm ? body : JSON.stringify(body),
+    body: body === undefined || isForm ? body : written(body),
   });
   if (!response.ok) throw await problemOf(response);
   return response;
 }
 
-export const getJson = async (path, options) => (await send(path, options)).json();
+export const getJson = async (path, options) => read(await (await send(path, options)).text());
+
+// A seed is a BigInt in here: numbers are exact up to 2^53 only, seeds go up to 2^63. Both ways it is text on the other
+// side of JSON's own functions. No prompt is taken for a seed: in a string of JSON each quote has a backslash.
+const read = (text) => JSON.parse(text.replace(/"seed":\s*(-?\d+)/g, '"seed":"$1"'), (name, value) =>
+  name === "seed" && value !== null ? BigInt(value) : value);
+const written = (body) => JSON.stringify(body, (_, value) => (typeof value === "bigint" ? String(value) : value))
+  .replace(/"seed":"(-?\d+)"/g, '"seed":$1');
 
 /** Yields `{event, data, id}`; ends with the answer. Options as `send`. */
 async function* events(path, options) {
@@ -105,7 +112,7 @@ function eventOf(block) {
     if (name === "data") data.push(value);
     else if (name === "event" || name === "id") fields[name] = value;
   }
-  return data.length ? { ...fields, data: JSON.parse(data.join("\n")) } : null;
+  return data.length ? { ...fields, data: read(data.join("\n")) } : null;
 }
 
 /**

@@ -179,8 +179,11 @@ export class Form {
     return {
       kind: this.isVideo ? "video" : "image", prompt, width, height, body,
       count: Number($("count").value) || 1,
-      seed: $("seed").value === "" ? null : Number($("seed").value),
+      seed: $("seed").value === "" ? null : wholeOf($("seed").value),
       image: this.image,
     };
   }
 }
+
+/** What the field has may be written `1e3`, too. */
+const wholeOf = (text) => BigInt(/^-?\d+$/.test(text) ? text : Math.trunc(Number(text)));

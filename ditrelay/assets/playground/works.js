@@ -21,7 +21,7 @@ export class Work {
   constructor(order, index, on) {
     Object.assign(this, {
       number: nextNumber(), kind: order.kind, prompt: order.prompt, width: order.width, height: order.height,
-      seed: order.seed === null ? null : order.seed + index, order,
+      seed: order.seed === null ? null : order.seed + BigInt(index), order,
       state: "waiting", note: "", step: 0, total: 0, position: null, eta: null,
       jobId: null, preview: null, file: null, timings: null, seconds: null, began: performance.now(),
     });
@@ -109,7 +109,7 @@ export class Works {
 
   #picturesOf(order, works, first) {
     const body = { ...order.body, n: Math.min(MAX_N, works.length - first) };
-    if (order.seed !== null) body.seed = order.seed + first;
+    if (order.seed !== null) body.seed = order.seed + BigInt(first);
     if (this.model.limits.previews) body.partial_images = PREVIEWS;
     if (!order.image) return { path: "/v1/images/generations", body };
     return { path: "/v1/images/edits", body: formOf({ ...body, image: order.image }) };
@@ -291,7 +291,7 @@ export class Works {
 }
 
 function clipOf(order, index) {
-  const body = order.seed === null ? order.body : { ...order.body, seed: order.seed + index };
+  const body = order.seed === null ? order.body : { ...order.body, seed: order.seed + BigInt(index) };
   return { path: "/v1/videos", body: order.image ? formOf({ ...body, input_reference: order.image }) : body };
 }
 

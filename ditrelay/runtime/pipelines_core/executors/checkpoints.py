@@ -6,6 +6,7 @@ pinned memory on the lane's own stream, and a thread writes them once the device
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -79,7 +80,8 @@ class Checkpoints:
         unfinished = self._spool.unfinished(request_id)
         try:
             save(unfinished, request_id, state)
-            os.replace(unfinished, self._spool.file(request_id))
+            with contextlib.suppress(FileNotFoundError):  # the request has ended, and the head has removed its files
+                os.replace(unfinished, self._spool.file(request_id))
         except NOT_WRITTEN as error:
             logger.warning("the checkpoint of request %s could not be written: %s", request_id, error)
             unfinished.unlink(missing_ok=True)
