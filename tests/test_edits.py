@@ -22,7 +22,7 @@ from ditrelay.models.adapter import StageAdapter
 from ditrelay.models.card import ModelCard, load_card
 from ditrelay.models.load_spec import LoadSpec
 from ditrelay.models.loading import load_adapter
-from ditrelay.models.pixels import open_image
+from ditrelay.models.pixels import open_image, stretched
 from ditrelay.runtime.communication.codec import decode_payload, encode_state
 from ditrelay.runtime.payloads import State
 from ditrelay.runtime.request import Request
@@ -94,11 +94,11 @@ def stock(card: ModelCard, params: SamplingParams) -> Pixels:
     pipeline = getattr(diffusers, STOCK[card.family]).from_pretrained(card.path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     guidance = "true_cfg_scale" if card.family == "qwen-image" else "guidance_scale"
-    given: dict[str, Any] = {guidance: params.guidance_scale, "image": open_image(params, stretch=False)}
+    given: dict[str, Any] = {guidance: params.guidance_scale, "image": open_image(params)}
     if params.negative_prompt is not None:
         given["negative_prompt"] = params.negative_prompt
     if params.strength is not None:
-        given |= {"strength": params.strength, "image": open_image(params)}
+        given |= {"strength": params.strength, "image": stretched(open_image(params), params)}
     pixels = pipeline(
         prompt=params.prompt,
         height=params.height,

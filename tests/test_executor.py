@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.local_transport import FaultPlan, LocalNetwork
 from ditrelay.runtime.payloads import StateValue
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
-from ditrelay.runtime.pipelines_core.executors.pipeline_executor import ExecutorOutput
+from ditrelay.runtime.pipelines_core.executors.pipeline_executor import ExecutorOutput, describe
 from ditrelay.runtime.pipelines_core.executors.sync_executor import SyncExecutor
 from ditrelay.runtime.pipelines_core.pipeline import Batch, Stage
 from ditrelay.runtime.pipelines_core.stages import build_pipeline
@@ -106,6 +107,31 @@ def test_multiple_requests_leave_nothing_pending() -> None:
 def test_a_failing_stage_is_an_error_in_the_output(stage: str) -> None:
     output = SyncExecutor().execute(stages(COLOCATED), batch(f"[fail {stage}]"), ServerArgs(model_path=MODEL))
     assert output.output is None and output.error is not None and f"{stage} fails" in output.error
+
+
+def test_an_error_without_a_message_tells_where_it_was_raised_and_no_path() -> None:
+    def check(order: int) -> None:
+        assert order > 0
+
+    with pytest.raises(AssertionError) as caught:
+        check(0)
+    caught.value.args = ()  # pytest gives the asserts of tests a message, which those of libraries lack
+    text = describe(caught.value)
+    assert text.startswith(f"AssertionError without a message, raised in {__name__}.check, line ")
+    assert "/" not in text and "\n" not in text
+    assert describe(ValueError()) == "ValueError without a message; the server's log has more"
+
+
+def test_an_error_with_a_message_tells_it() -> None:
+    assert describe(ValueError("too many steps")) == "ValueError: too many steps"
+    assert describe(TransferError("1->0", "lost")) == "transfer 1->0: lost"
+
+
+def test_a_bare_assertion_of_a_library_is_an_error_in_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TimedAdapter, "step", mock.Mock(side_effect=AssertionError))
+    pair = Pair()
+    output = SyncExecutor().execute(stages(COLOCATED), batch("a cat"), pair.args)
+    assert output.error is not None and output.error.startswith("AssertionError without a message, raised in ")
 
 
 def test_a_transfer_that_never_arrives_is_an_error_on_the_waiting_rank() -> None:

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 
-from ditrelay.errors import UnsupportedModel
+from ditrelay.errors import InvalidRequest, UnsupportedModel
 from ditrelay.models.card import load_card
 from ditrelay.models.load_spec import LoadSpec
 from ditrelay.models.loading import load_adapter
@@ -63,6 +63,25 @@ def test_frames_padded_for_a_temporal_patch_are_cut_off_as_in_the_stock_pipeline
     assert latents["latents"].value.shape[1] == 4  # 9 frames are 3 latent frames; 4 with the padding
     frames = adapter.decode([request], latents)[0]
     assert np.abs(frames.astype(int) - (expected * 255).round().astype(int)).max() <= 1
+
+
+def test_defaults_are_those_of_the_transformers_config(folder: Path) -> None:
+    card = load_card(str(folder))
+    assert (card.default_height, card.default_width, card.default_num_frames) == (32, 32, 9)
+    assert card.resolve(SamplingParams(prompt="a cat", height=320, width=64)).height == 320
+
+
+@pytest.mark.parametrize("side", ["height", "width"])
+def test_a_size_past_the_table_of_positions_of_cogvideox_15_is_refused(side: str, folder: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(folder, tmp_path / "model"))
+    config = other / "transformer" / "config.json"
+    trained = {"sample_height": 4, "sample_width": 6, "patch_size_t": 2, "use_rotary_positional_embeddings": True}
+    config.write_text(json.dumps(json.loads(config.read_text()) | trained))
+    card = load_card(str(other))
+    largest = {"height": 32, "width": 48}
+    assert card.resolve(SamplingParams(prompt="a cat", **largest)).width == 48
+    with pytest.raises(InvalidRequest, match=f"{side}: 64 pixels; allowed: at most {largest[side]}"):
+        card.resolve(SamplingParams(prompt="a cat", **largest | {side: 64}))
 
 
 def test_a_model_without_its_text_encoder_is_refused_naming_it(folder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         media: what a request makes.
         min_steps: fewer denoising steps give no picture.
         size_multiple: height and width are multiples of it (pixels).
+        max_height: where it is less than ``max_side``; ``max_width`` likewise.
         fps: frames a second of a clip; 0 for pictures.
         frame_multiple: the number of frames is k * frame_multiple + 1; 1: any number.
         needs_image: every request starts from a picture (image-to-video).
@@ -63,6 +64,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     default_guidance_scale: float
     max_prompt_chars: int = 4096
     max_side: int = 8192
+    max_height: int | None = None
+    max_width: int | None = None
     max_pixels: int = 4096 * 4096
     max_num_frames: int = 1
     min_steps: int = 1
@@ -181,6 +184,7 @@ def _variant(pipeline_class: str, folder: ModelFolder) -> str:
 def _card(name: str, folder: ModelFolder, family: Family) -> ModelCard:
     transformer = folder.config("transformer")
     sizes = sizes_of(family, folder.config("vae"), transformer)
+    height, width, num_frames = sizes.trained or (family.height, family.width, family.num_frames)
     guidance = family.guidance
     flag = guidance.embedded_flag
     return ModelCard(
@@ -192,13 +196,15 @@ def _card(name: str, folder: ModelFolder, family: Family) -> ModelCard:
         media=family.media,
         size_multiple=sizes.multiple,
         frame_multiple=sizes.frame_multiple,
-        default_height=_fitting(family.height, sizes),
-        default_width=_fitting(family.width, sizes),
-        default_num_frames=min(family.num_frames, sizes.max_frames),
+        default_height=_fitting(height, sizes),
+        default_width=_fitting(width, sizes),
+        default_num_frames=min(num_frames, sizes.max_frames),
         fps=family.fps,
         default_num_inference_steps=family.steps,
         default_guidance_scale=guidance.default,
-        max_side=sizes.max_side,
+        max_side=max(height, width) if sizes.ends_there else sizes.max_side,
+        max_height=height if sizes.ends_there else None,
+        max_width=width if sizes.ends_there else None,
         max_num_frames=sizes.max_frames,
         # Stretched to its last noise level, the schedule of a single step is 0 / 0.
         min_steps=2 if folder.scheduler.get("shift_terminal") else 1,
@@ -263,11 +269,12 @@ def _check_prompt(card: ModelCard, params: SamplingParams) -> None:
 def _check_size(card: ModelCard, params: SamplingParams) -> None:
     sides, multiple = [], card.size_multiple
     allowed = str(multiple) if multiple == card.max_side else f"a positive multiple of {multiple}"
-    for name, side in (("height", params.height), ("width", params.width)):
+    limits = (("height", params.height, card.max_height), ("width", params.width, card.max_width))
+    for name, side, limit in limits:
         if not isinstance(side, int) or not _is_int(side) or side < 1 or side % multiple:
             raise InvalidRequest(name, f"{side!r} is not allowed; allowed: {allowed}")
-        if side > card.max_side:
-            raise InvalidRequest(name, f"{side} pixels; allowed: at most {card.max_side}")
+        if side > (limit or card.max_side):
+            raise InvalidRequest(name, f"{side} pixels; allowed: at most {limit or card.max_side}")
         sides.append(side)
     if math.prod(sides) > card.max_pixels:
         raise InvalidRequest(

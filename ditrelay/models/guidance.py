@@ -1,4 +1,4 @@
-"""Classifier-free guidance with its two branches on two ranks."""
+"""Classifier-free guidance in every step, on one rank or with its two branches on two."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ import torch.distributed as dist
 from diffusers import ClassifierFreeGuidance
 
 
-class SplitGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
+class SteadyGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
+    """Guidance in every turn of the loop.
+
+    diffusers' own ends after ``num_inference_steps`` turns. With a scheduler that asks the model twice a step (Heun)
+    there are more, and the later ones would go without.
+    """
+
+    def set_state(self, step: int, num_inference_steps: int, timestep: torch.LongTensor) -> None:
+        super().set_state(step, None, timestep)
+
+
+class SplitGuidance(SteadyGuidance):
     """Rank 0 of a group computes the prompt's branch, rank 1 the negative prompt's; one exchange a step joins them.
 
     Where guidance is off there is one branch, which both compute without an exchange. Source of the arithmetic:

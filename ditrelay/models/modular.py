@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 import torch.distributed as dist
-from diffusers import ClassifierFreeGuidance
 from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
 from ditrelay.errors import UnsupportedModel
 from ditrelay.models.blocks import after_loop
 from ditrelay.models.components import ComponentStore
+from ditrelay.models.exact_timestep import ExactTimestep
 from ditrelay.models.folder import ModelFolder
-from ditrelay.models.guidance import SplitGuidance
+from ditrelay.models.guidance import SplitGuidance, SteadyGuidance
 from ditrelay.models.memory import StepMemory, put_back
-from ditrelay.models.pixels import open_image, to_frames
+from ditrelay.models.picture_stand_ins import stand_in
+from ditrelay.models.pixels import open_image, stretched, to_frames
 from ditrelay.models.previews import finished, in_the_middle, latents_of
-from ditrelay.models.quirks import family_named
-from ditrelay.models.sampled_vae import SampledVae
+from ditrelay.models.quirks import TimestepArgument, family_named
 from ditrelay.models.stepping import StepDriver, pause
 from ditrelay.models.values import only, pack, unpack
 from ditrelay.models.video_frames import GivenAway, gives_frames
@@ -75,7 +75,7 @@ class ModularAdapter:
         own = {} if spec.card.text_tokens is None else {"max_sequence_length": spec.card.text_tokens}
         self._fixed_inputs = {**self._family.inputs, **own}
         self._device = torch.device(spec.device)
-        self._timestep = ExactTimestep()
+        self._timestep = ExactTimestep(self._family.exact_timestep or TimestepArgument())
         # Wan's VAE keeps a cache between its frames, which encoding a picture and decoding a clip would share.
         self._vae_lock = threading.Lock()
         self._components = components = ComponentStore(ModelFolder(Path(spec.card.path)), spec)
@@ -97,6 +97,8 @@ class ModularAdapter:
         pipeline, blocks_state = self._prepare("denoise", params, state)
         driver = StepDriver(lambda: self._execute(self._workflows.part("denoise", params), pipeline, blocks_state))
         driver.start()
+        if pipeline.scheduler.begin_index is None:  # else it takes the second of two equal timesteps
+            pipeline.scheduler.set_begin_index(0)
         session = ModularSession(driver, blocks_state, pipeline.scheduler, StepMemory(driver.scope, pipeline.scheduler))
         if params.previews:
             session.complete = partial(self._complete, self._workflows.part("denoise", params), pipeline, blocks_state)
@@ -186,7 +188,7 @@ class ModularAdapter:
         if part == "encode_edit" and self._family.strength is not None:
             # It rounds a picture down to multiples of 16, whatever the VAE.
             pipeline.image_processor.register_to_config(vae_scale_factor=self._size_multiple)
-        if part == "denoise" and self._family.exact_timestep:
+        if part == "denoise" and self._family.exact_timestep is not None:
             pipeline.transformer.register_forward_pre_hook(self._timestep, with_kwargs=True)
         return pipeline
 
@@ -205,10 +207,12 @@ class ModularAdapter:
         for name, value in state.items():
             blocks_state.set(name, unpack(value, self._device), value.kwargs_type)
         given = self._inputs(role, params)
+        if params.image is not None and role == "encode":
+            image = open_image(params)
+            given["image"] = image if self._family.looks_at_picture else stretched(image, params)
+            stand_in(pipeline, self._family, image, given[NOISE])
         if NOISE in state:
             del given[NOISE]
-        if role == "encode" and self._workflows.is_edit(params) and self._family.sampled_picture:
-            pipeline.vae = SampledVae(pipeline.vae, given[NOISE])
         for name, default in stage.defaults.items():
             if name in given or name not in blocks_state.values:
                 blocks_state.set(name, given.get(name, default), stage.kwargs_types[name])
@@ -225,11 +229,11 @@ class ModularAdapter:
     def _guider(self, role: Role, params: SamplingParams) -> Any:
         guidance = self._family.guidance
         if role == "encode" and guidance.always_negative:
-            return ClassifierFreeGuidance()
+            return SteadyGuidance()
         scale, enabled = params.guidance_scale, self._is_guided(params)
         if self._branches is not None and role == "denoise":
             return SplitGuidance(self._branches, guidance_scale=scale, enabled=enabled, **guidance.options)
-        return ClassifierFreeGuidance(guidance_scale=scale, enabled=enabled, **guidance.options)
+        return SteadyGuidance(guidance_scale=scale, enabled=enabled, **guidance.options)
 
     def _is_guided(self, params: SamplingParams) -> bool:
         guidance = self._family.guidance
@@ -251,8 +255,6 @@ class ModularAdapter:
             inputs["negative_prompt"] = params.negative_prompt or self._family.guidance.negative
         if self._family.guidance.via == "input":
             inputs["guidance_scale"] = params.guidance_scale
-        if params.image is not None and role == "encode":
-            inputs["image"] = open_image(params, stretch=not self._family.looks_at_picture)
         if params.strength is not None:
             inputs["strength"] = params.strength
         return {**inputs, **self._fixed_inputs}
@@ -262,21 +264,6 @@ class ModularAdapter:
         if wanted:
             self._timestep.value = timestep
         return wanted
-
-
-class ExactTimestep:
-    """Forward pre-hook that gives the transformer the scheduler's timestep as it is.
-
-    Wan's modular block rounds it to the dtype of the weights (in bfloat16 999 becomes 1000); the stock pipeline does
-    not. One step runs at a time, so one value is enough.
-    """
-
-    value: torch.Tensor | None = None
-
-    def __call__(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if self.value is None:
-            return args, kwargs
-        return args, kwargs | {"timestep": self.value.expand(kwargs["timestep"].shape)}
 
 
 def _on_device(pipeline_class: Any, device: torch.device) -> Any:

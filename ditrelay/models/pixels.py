@@ -16,23 +16,26 @@ if TYPE_CHECKING:
     from ditrelay.models.adapter import Frames, LazyFrames
 
 
-def open_image(params: SamplingParams, *, stretch: bool = True) -> Image.Image:
-    """The request's picture as RGB, stretched to its height and width as diffusers' ``VaeImageProcessor`` would do.
-
-    With the size right from the start, blocks that derive the size from the picture keep that of the request.
+def open_image(params: SamplingParams) -> Image.Image:
+    """The request's picture, upright and as RGB.
 
     Raises:
         InvalidRequest: it is no picture that Pillow reads.
     """
     try:
         with Image.open(io.BytesIO(params.image or b""), formats=("PNG", "JPEG", "WEBP")) as image:
-            upright = _as_rgb(ImageOps.exif_transpose(image))
+            return _as_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidRequest("image", f"it can't be read ({error}); allowed: a whole PNG, JPEG or WebP") from error
-    if not stretch:
-        return upright
-    size = (params.width or upright.width, params.height or upright.height)
-    return upright if upright.size == size else upright.resize(size, Image.Resampling.LANCZOS)
+
+
+def stretched(image: Image.Image, params: SamplingParams) -> Image.Image:
+    """The picture at the request's height and width, resized as diffusers' ``VaeImageProcessor`` would do.
+
+    With the size right from the start, blocks that derive the size from the picture keep that of the request.
+    """
+    size = (params.width or image.width, params.height or image.height)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -50,6 +53,9 @@ def to_frames(pixels: torch.Tensor) -> Frames:
 
     Rounds as diffusers' ``VaeImageProcessor.numpy_to_pil``, but on the device: a quarter of the bytes leaves it. From a
     GPU they come through pinned memory, several times faster than without.
+
+    Raises:
+        ArithmeticError: there is NaN among them, which would look black.
     """
     return start_to_frames(pixels)()
 
@@ -57,17 +63,32 @@ def to_frames(pixels: torch.Tensor) -> Frames:
 def start_to_frames(pixels: torch.Tensor) -> LazyFrames:
     """As ``to_frames``, but the copy is only launched: what is returned waits for it, on any thread."""
     frames = pixels if pixels.ndim == 4 else pixels.unsqueeze(0)
-    rounded = (frames.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    scaled = (frames.float() * 255).round_()
+    broken = scaled.sum().isnan()
+    rounded = scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
     if not rounded.is_cuda:
+        _refuse(broken)
         return rounded.numpy
     device = rounded.device
-    pinned = torch.empty(rounded.shape, dtype=torch.uint8, pin_memory=True).copy_(rounded, non_blocking=True)
+    pinned, pinned_broken = (
+        torch.empty(each.shape, dtype=each.dtype, pin_memory=True).copy_(each, non_blocking=True)
+        for each in (rounded, broken)
+    )
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(device))
 
     def arrived() -> Frames:
         with torch.cuda.device(device):  # else a thread that has set none makes a context on the first GPU
             copied.synchronize()
+        _refuse(pinned_broken)
         return pinned.numpy()
 
     return arrived
+
+
+def _refuse(broken: torch.Tensor) -> None:
+    if broken:
+        raise ArithmeticError(
+            "pixels are NaN: the model's values left the range of --dtype; allowed: --dtype bfloat16 or float32, or a "
+            "smaller guidance_scale"
+        )

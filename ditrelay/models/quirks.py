@@ -43,6 +43,19 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimestepArgument:
+    """How a transformer takes the time.
+
+    Attributes:
+        name: of its argument.
+        counts_up: it wants the part of the way that is done, (1000 - timestep) / 1000.
+    """
+
+    name: str = "timestep"
+    counts_up: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """What ditrelay knows about one model family.
 
@@ -62,8 +75,10 @@ class Family:
         looks_at_picture: a picture may be given that the transformer looks at, at every step.
         sampled_picture: the modular block takes the most likely latents of a picture, the stock pipeline draws them
             from their distribution; draw them.
+        whole_picture: the modular block shows the image encoder the picture as it was stretched to the clip's size, the
+            stock pipeline as it came; show it as it came.
         exact_timestep: the modular denoise block rounds the timestep to the weights' dtype (999 becomes 1000 in
-            bfloat16), the stock pipeline does not; put the exact one back.
+            bfloat16), the stock pipeline does not; put the exact one back, here.
         encode_outputs: standard adapter only: the names under which the call takes ``encode_prompt``'s results.
     """
 
@@ -86,10 +101,11 @@ class Family:
     strength: float | None = None
     looks_at_picture: bool = False
     sampled_picture: bool = False
+    whole_picture: bool = False
     chat_template: bool = False
     inputs: Mapping[str, Any] = field(default_factory=_frozen)
     parallel: tuple[str, ...] = ()
-    exact_timestep: bool = False
+    exact_timestep: TimestepArgument | None = None
     encode_outputs: tuple[str, ...] = ()
 
     @property
@@ -123,6 +139,7 @@ FAMILIES: tuple[Family, ...] = (
             default=5.0, via="guider", above=0.0, negative="", options=_frozen(use_original_formulation=True)
         ),
         chat_template=True,
+        exact_timestep=TimestepArgument(name="t", counts_up=True),
     ),
     Family(
         name="flux",
@@ -196,7 +213,7 @@ FAMILIES: tuple[Family, ...] = (
         fps=16,
         guidance=_WAN,
         parallel=("sp", "ring"),
-        exact_timestep=True,
+        exact_timestep=TimestepArgument(),
     ),
     Family(
         name="wan-i2v",
@@ -212,8 +229,9 @@ FAMILIES: tuple[Family, ...] = (
         fps=16,
         guidance=_WAN,
         needs_image=True,
+        whole_picture=True,
         parallel=("sp", "ring"),
-        exact_timestep=True,
+        exact_timestep=TimestepArgument(),
     ),
     Family(
         # no sp: its _cp_plan fails on the attention mask, which has one row for each of all the heads
@@ -227,6 +245,7 @@ FAMILIES: tuple[Family, ...] = (
         num_frames=161,
         fps=25,
         guidance=Guidance(default=3.0, via="guider", negative="", always_negative=True),
+        exact_timestep=TimestepArgument(),
     ),
     Family(
         name="cogvideox",
@@ -234,9 +253,6 @@ FAMILIES: tuple[Family, ...] = (
         adapter="standard",
         media="video",
         min_multiple=8,
-        height=480,
-        width=720,
-        num_frames=49,
         fps=8,
         guidance=Guidance(default=6.0, via="input", negative=""),
         encode_outputs=("prompt_embeds", "negative_prompt_embeds"),

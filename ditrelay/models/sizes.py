@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ditrelay.models.quirks import Family
@@ -15,12 +15,19 @@ _MAX_FRAMES = 1025
 
 @dataclass(frozen=True)
 class Sizes:
-    """Height and width are multiples of ``multiple`` up to ``max_side``; frames are k * ``frame_multiple`` + 1."""
+    """Height and width are multiples of ``multiple`` up to ``max_side``; frames are k * ``frame_multiple`` + 1.
+
+    Attributes:
+        trained: height, width (pixels) and frames that the transformer's config says it was made for.
+        ends_there: it can make no larger picture.
+    """
 
     multiple: int
     frame_multiple: int
     max_side: int
     max_frames: int
+    trained: tuple[int, int, int] | None = None
+    ends_there: bool = False
 
 
 def sizes_of(family: Family, vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> Sizes:
@@ -31,7 +38,19 @@ def sizes_of(family: Family, vae: Mapping[str, Any], transformer: Mapping[str, A
     tokens = _max_tokens(transformer.get(family.max_side_key)) if family.max_side_key else None
     max_side = _MAX_SIDE if tokens is None else tokens * pixels_per_token
     max_frames = _MAX_FRAMES if tokens is None else (tokens - 1) * temporal + 1
-    return Sizes(multiple, temporal, max_side // multiple * multiple, 1 if family.media == "image" else max_frames)
+    frames = 1 if family.media == "image" else max_frames
+    sizes = Sizes(multiple, temporal, max_side // multiple * multiple, frames)
+    return _of_cogvideox(sizes, spatial, transformer) if family.name == "cogvideox" else sizes
+
+
+def _of_cogvideox(sizes: Sizes, spatial: int, transformer: Mapping[str, Any]) -> Sizes:
+    """With a patch in time (CogVideoX 1.5) the table of positions is cut to a size, without one it is stretched."""
+    height, width = (
+        transformer.get(key, default) * spatial // sizes.multiple * sizes.multiple
+        for key, default in (("sample_height", 60), ("sample_width", 90))
+    )
+    frames = (transformer.get("sample_frames", 49) - 1) // sizes.frame_multiple * sizes.frame_multiple + 1
+    return replace(sizes, trained=(height, width, frames), ends_there=transformer.get("patch_size_t") is not None)
 
 
 def _compression(vae: Mapping[str, Any]) -> tuple[int, int]:

@@ -56,7 +56,8 @@ def load_image_model(folder: Path) -> ImageModel:
 
 def half(module: nn.Module) -> nn.Module:
     """A float16 copy on the CPU, in evaluation mode and the usual memory layout."""
-    return copy.deepcopy(module).half().cpu().to(memory_format=torch.contiguous_format).eval()
+    usual = torch.contiguous_format
+    return copy.deepcopy(module).half().cpu().to(memory_format=usual).eval()  # type: ignore[call-overload]
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:

@@ -246,7 +246,7 @@ class Trainer:
 
     def _step(self, step_loss: Callable[[], Tensor]) -> Tensor:
         loss = step_loss()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip, foreach=True)
         self.optimizer.step(self.rate_scale * self.options.schedule.rate(self.progress))
         self.steps += 1

@@ -126,5 +126,5 @@ def write_animation(clips: Tensor, path: Path, columns: int = 8) -> None:
         for k, picture in enumerate(frame):
             sheet.paste(Image.fromarray(picture), (k % columns * (width + 2), k // columns * (height + 2)))
         shown.append(sheet)
-    options = {"save_all": True, "append_images": shown[1:], "duration": 1000 // FRAMES_PER_SECOND, "loop": 0}
-    shown[0].save(path, quality=85, method=6, **options)
+    every, milliseconds = shown[1:], 1000 // FRAMES_PER_SECOND
+    shown[0].save(path, quality=85, method=6, save_all=True, append_images=every, duration=milliseconds, loop=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Protocol
 
 from ditrelay.errors import DitrelayError
@@ -26,11 +27,34 @@ class PipelineExecutor(Protocol):
     def execute(self, stages: Sequence[Stage], batch: Batch, server_args: ServerArgs) -> ExecutorOutput: ...
 
 
-# What a stage may raise because of its input, its model or its device; a programming error passes through.
-STAGE_ERRORS = (DitrelayError, RuntimeError, ValueError, TypeError, OSError, ArithmeticError, LookupError)
+# What a stage may raise because of its input, its model (libraries assert, too) or its device; a programming error
+# passes through.
+STAGE_ERRORS = (
+    DitrelayError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    LookupError,
+    AssertionError,
+)
 
 
 def describe(error: BaseException) -> str:
-    """One line for a client: ditrelay's own messages as they are, others with their class."""
-    text = str(error).strip() or "no message"
-    return text if isinstance(error, DitrelayError) else f"{type(error).__name__}: {text}"
+    """One line for a client: ditrelay's own messages as they are, others with their class, or where they come from."""
+    text = str(error).strip()
+    if text:
+        return text if isinstance(error, DitrelayError) else f"{type(error).__name__}: {text}"
+    return f"{type(error).__name__} without a message{_place(error)}; the server's log has more"
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised; a module's name, as a path would tell of the machine."""
+    raised = [
+        (frame.f_globals.get("__name__"), frame.f_code.co_name, line) for frame, line in walk_tb(error.__traceback__)
+    ]
+    if not raised:
+        return ""
+    module, function, line = raised[-1]
+    return f", raised in {module}.{function}, line {line}"
