@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+from collections.abc import Callable, Iterator
 from unittest.mock import MagicMock
 
 import pytest
@@ -77,14 +78,37 @@ def test_a_fork_that_ends_or_hangs_over_cuda_is_trouble_and_holds_nobody_up(
     assert words in launcher.LocalLauncher("cuda", ())._trouble_of_a_fork()
 
 
-def test_a_worker_gets_its_devices_environment_whatever_the_forkserver_was_started_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """What a worker process does before it works, in this one, with these variables already there."""
     monkeypatch.setattr(worker, "run_worker", lambda spec: None)
-    monkeypatch.setattr(os, "environ", {"NCCL_SOCKET_IFNAME": "eth7"})
-    launcher._run(MagicMock(), launcher._ENVIRONMENT["cuda"])
+    threads = torch.get_num_threads()
+
+    def made(device_type: str, **there: str) -> None:
+        monkeypatch.setattr(os, "environ", there)
+        launcher._run(MagicMock(device_type=device_type), launcher._ENVIRONMENT[device_type])
+
+    yield made
+    torch.set_num_threads(threads)
+
+
+def test_a_worker_gets_its_devices_environment_whatever_the_forkserver_was_started_for(
+    run: Callable[..., None],
+) -> None:
+    run("cuda", NCCL_SOCKET_IFNAME="eth7")
     assert os.environ["NCCL_SOCKET_IFNAME"] == "eth7", "what the user has set stays"
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("there", "threads"), [({}, 1), ({"OMP_NUM_THREADS": "2"}, 2), ({"OMP_NUM_THREADS": "3,2"}, 5)]
+)
+def test_a_worker_on_a_cpu_has_the_threads_that_were_asked_for(
+    run: Callable[..., None], there: dict[str, str], threads: int
+) -> None:
+    torch.set_num_threads(5)
+    run("cpu", **there)
+    assert torch.get_num_threads() == threads
 
 
 def test_a_process_that_can_not_be_watched_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,8 +240,12 @@ def _look_for_gpus(answer: Connection) -> None:
 def _run(spec: WorkerSpec, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         os.environ.setdefault(name, value)  # the forkserver may be of a launcher for another device
-    from ditrelay.runtime.worker import run_worker  # not in the head, which needs nothing of it
+    from torch import set_num_threads  # not in the head, which needs nothing of it
 
+    from ditrelay.runtime.worker import run_worker
+
+    if spec.device_type == "cpu" and (threads := os.environ["OMP_NUM_THREADS"]).isdecimal():
+        set_num_threads(int(threads))  # torch has read the variable already
     run_worker(spec)
 
 
