@@ -20,7 +20,7 @@ from common import ROOT, markdown, origin, parser, provenance, show, write_json,
 from http_clients import Child, Connection, child, fetch
 
 from ditrelay import ServerArgs
-from ditrelay.engine import AsyncEngine
+from ditrelay.async_engine import AsyncEngine
 from ditrelay.runtime.request import SamplingParams
 from ditrelay.server.app import EngineServer, listen
 

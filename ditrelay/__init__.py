@@ -15,14 +15,15 @@ from ditrelay._version import __version__
 
 if TYPE_CHECKING:
     from ditrelay import errors
-    from ditrelay.engine import AsyncEngine, Engine, Result
+    from ditrelay.async_engine import AsyncEngine
+    from ditrelay.engine import Engine, Result
     from ditrelay.runtime.request import SamplingParams
     from ditrelay.runtime.server_args import ServerArgs
 
 __all__ = ["AsyncEngine", "Engine", "Result", "SamplingParams", "ServerArgs", "__version__", "errors"]
 
 _HOME = {
-    "AsyncEngine": "ditrelay.engine",
+    "AsyncEngine": "ditrelay.async_engine",
     "Engine": "ditrelay.engine",
     "Result": "ditrelay.engine",
     "SamplingParams": "ditrelay.runtime.request",

@@ -249,7 +249,9 @@ class _Runner:
         """What has ended so far."""
         outcomes = tuple(sorted(self._outcomes, key=lambda outcome: outcome.job.index))
         trace = self._engine.trace_files if self._engine.args.trace else None
-        return Run(self._asked, outcomes, self._ended - self._began, self._engine.overlap(), trace)
+        advice = self._engine.advice() if self._engine.topology.world_size > 1 else None
+        said = advice.text if advice else ""
+        return Run(self._asked, outcomes, self._ended - self._began, self._engine.overlap(), trace, said)
 
     @contextlib.contextmanager
     def _cancelling(self) -> Iterator[None]:

@@ -41,6 +41,8 @@ def print_report(run: Run, console: Console | None = None) -> None:
     if any(outcome.result for outcome in run.outcomes):
         console.print(report_table(run, console.width))
         console.print(Text(summary(run)))
+        if run.advice:
+            console.print(Text(run.advice, style="dim"))
     for outcome in run.outcomes:
         if outcome.error is not None:
             what = f"{outcome.job.index + 1}: {_title(outcome)}: {printable(outcome.error)}"

@@ -42,6 +42,7 @@ class Run:
         seconds: from the first submission to the last end.
         overlap: share of the working time during which at least two stages computed.
         trace: the timeline, where one was asked for and written.
+        advice: whether disaggregation pays off, where there is more than one rank.
     """
 
     asked: int
@@ -49,6 +50,7 @@ class Run:
     seconds: float
     overlap: float
     trace: TraceFiles | None = None
+    advice: str = ""
 
     @property
     def exit_code(self) -> int:

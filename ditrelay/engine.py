@@ -1,16 +1,15 @@
-"""The engine: submit requests, watch them, get pictures. ``Engine`` for threads, ``AsyncEngine`` for asyncio."""
+"""The engine: submit requests, watch them, get pictures. ``async_engine.py`` has its twin for asyncio."""
 
 from __future__ import annotations
 
-import asyncio
 import atexit
-import contextlib
 import io
 import logging
+import os
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -20,30 +19,31 @@ from PIL import Image
 from ditrelay.errors import ConfigError, EngineClosed, RequestFailed, StartupError
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import preload
-from ditrelay.runtime.activity import Activity, Watcher, follow
+from ditrelay.runtime.activity import Watcher
 from ditrelay.runtime.admission import Admission
-from ditrelay.runtime.event_relay import EventRelay
 from ditrelay.runtime.launcher import LocalLauncher, no_interrupts, resolve_device
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
+from ditrelay.runtime.placement import Advice, advise, measured
 from ditrelay.runtime.request import Request, SamplingParams, spread
 from ditrelay.runtime.request_log import RequestLog
 from ditrelay.runtime.run_dir import check_parent
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus
 from ditrelay.runtime.telemetry import Telemetry
-from ditrelay.runtime.tickets import Progress, Result, Ticket
+from ditrelay.runtime.tickets import Progress, Result, Ticket, cancelled_on_error
 from ditrelay.runtime.topology import Topology
 from ditrelay.runtime.trace import TraceFiles, display_name, write_trace
 
 if TYPE_CHECKING:
     from ditrelay.runtime.controller import Controller
 
-__all__ = ["Activity", "AsyncEngine", "AsyncTicket", "Engine", "EngineStatus", "Progress", "Result", "Ticket"]
+__all__ = ["Engine", "EngineStatus", "Progress", "Result", "Ticket"]
 
 logger = logging.getLogger(__name__)
 
 SHUTDOWN_SECONDS = 10.0
+ADVICE_REQUESTS = 200  # the newest, which ``Engine.advice`` goes by
 
 
 class Engine:
@@ -225,7 +225,7 @@ class Engine:
         """
         many = not isinstance(prompt, str) or num_images is not None
         tickets: list[Ticket] = []
-        with _cancelled_on_error(tickets):
+        with cancelled_on_error(tickets):
             for params in spread(prompt, 1 if num_images is None else num_images, sampling):
                 tickets.append(self.submit(params))
             results = [ticket.result(timeout) for ticket in tickets]
@@ -257,6 +257,20 @@ class Engine:
         """Share of the working time during which at least two stages computed at once (see ``metrics.overlap``)."""
         return overlap(self.spans)
 
+    def advice(self) -> Advice | None:
+        """Whether disaggregation pays off here, by the newest requests; None before there are enough of them."""
+        spans = [span for span in self._log.newest_spans(ADVICE_REQUESTS) if span.began >= self._traced_from]
+        seconds = measured(spans)
+        if seconds is None:
+            return None
+        return advise(
+            self.topology,
+            seconds,
+            lock_step=not self.args.use_async_comm,
+            ranks=[worker.memory for worker in self.status().workers if worker.memory is not None],
+            cores=len(os.sched_getaffinity(0)) if self._device_type == "cpu" else None,
+        )
+
     def write_trace(self, path: str | Path) -> TraceFiles:
         """Write the timeline of the run so far, the warm-up left out. May be called at any time, also after ``close``.
 
@@ -269,115 +283,6 @@ class Engine:
         """
         model = self.args.served_model_name or display_name(self.args.model_path)
         return write_trace(path, self.spans, self.topology, model=model, since=self._traced_from)
-
-
-class AsyncTicket:
-    """A ``Ticket`` for asyncio."""
-
-    def __init__(self, ticket: Ticket) -> None:
-        self._ticket = ticket
-        self.request_id = ticket.request_id
-        self.params = ticket.params
-
-    async def result(self, timeout: float | None = None) -> Result:
-        """As ``Ticket.result``. Cancelling the awaiting task does not cancel the request; ``cancel`` does."""
-        future = asyncio.wrap_future(self._ticket.future)
-        try:
-            return await asyncio.wait_for(asyncio.shield(future), timeout)
-        except TimeoutError:
-            raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s") from None
-
-    async def events(self) -> AsyncIterator[Progress]:
-        """As ``Ticket.events``."""
-        relay = EventRelay(asyncio.get_running_loop())
-        self._ticket.subscribe(relay.put)
-        while True:
-            progress = await relay.news.get()
-            yield progress
-            if progress.state.ended:
-                return
-
-    def cancel(self) -> None:
-        self._ticket.cancel()
-
-
-class AsyncEngine:
-    """The asyncio twin of ``Engine``: same names, and nothing blocks the event loop."""
-
-    def __init__(self, args: ServerArgs) -> None:
-        self._engine = Engine(args)
-        self.args = args
-        self.card = self._engine.card
-        self.topology = self._engine.topology
-
-    async def start(self) -> AsyncEngine:
-        """As ``Engine.start``. Where the awaiting task is cancelled, the engine is closed."""
-        try:
-            await asyncio.to_thread(self._engine.start)
-        except asyncio.CancelledError:
-            await self.close()
-            raise
-        return self
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._engine.close)
-
-    async def __aenter__(self) -> AsyncEngine:
-        return await self.start()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def submit(self, params: SamplingParams) -> AsyncTicket:
-        return AsyncTicket(self._engine.submit(params))
-
-    async def generate(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        num_images: int | None = None,
-        timeout: float | None = None,
-        **sampling: Any,
-    ) -> Result | list[Result]:
-        """As ``Engine.generate``."""
-        many = not isinstance(prompt, str) or num_images is not None
-        tickets: list[AsyncTicket] = []
-        with _cancelled_on_error(tickets):
-            for params in spread(prompt, 1 if num_images is None else num_images, sampling):
-                tickets.append(await self.submit(params))
-            results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
-        return results if many else results[0]
-
-    def activity(self) -> AsyncGenerator[Activity, None]:
-        """What the ranks do, as ``Engine.watch`` tells it, without an end; a slow reader misses some.
-
-        Close it (``contextlib.aclosing``) when it is left.
-        """
-        return follow(self._engine.watch)
-
-    async def write_trace(self, path: str | Path) -> TraceFiles:
-        """As ``Engine.write_trace``."""
-        return await asyncio.to_thread(self._engine.write_trace, path)
-
-    @property
-    def ready(self) -> bool:
-        return self._engine.ready
-
-    def status(self) -> EngineStatus:
-        return self._engine.status()
-
-
-@contextlib.contextmanager
-def _cancelled_on_error(tickets: Sequence[Ticket | AsyncTicket]) -> Iterator[None]:
-    """What raises inside ends all of them: nobody else has them, and they would keep the ranks from other work."""
-    try:
-        yield
-    except BaseException:
-        for ticket in tickets:
-            ticket.cancel()
-        raise
 
 
 def _grey_picture(card: ModelCard) -> bytes:

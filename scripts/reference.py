@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ditrelay.async_engine import AsyncEngine
 from ditrelay.cli_flags import BOOLEANS_HELP, REQUEST_FLAGS
-from ditrelay.engine import AsyncEngine
 from ditrelay.runtime.flags import Flag, format_bytes
 from ditrelay.runtime.server_args import ServerArgs, server_flags
 from ditrelay.server.app import create_app

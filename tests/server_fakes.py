@@ -24,6 +24,7 @@ from ditrelay.models.card import ModelCard, load_card
 from ditrelay.runtime.activity import Activity, ActivityFeed, follow
 from ditrelay.runtime.messages import Heartbeat
 from ditrelay.runtime.metrics import Timings
+from ditrelay.runtime.placement import Advice
 from ditrelay.runtime.request import RequestState, SamplingParams
 from ditrelay.runtime.scheduler import EdgeSnapshot
 from ditrelay.runtime.server_args import ServerArgs
@@ -122,6 +123,10 @@ class FakeEngine:
     lost_roles: tuple[tuple[str, str], ...] = ()
     topology: Topology = field(default_factory=lambda: Topology.build(ServerArgs(enable_disagg=True, num_gpus=3)))
     feed: ActivityFeed = field(default_factory=ActivityFeed)
+    placement: Advice | None = None
+
+    def advice(self) -> Advice | None:
+        return self.placement
 
     def activity(self) -> AsyncGenerator[Activity, None]:
         return follow(self.feed.watch)

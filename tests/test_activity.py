@@ -8,7 +8,7 @@ from contextlib import aclosing
 import pytest
 from sample_run import topology
 
-from ditrelay.engine import AsyncEngine
+from ditrelay.async_engine import AsyncEngine
 from ditrelay.runtime.activity import Activity, Newest
 from ditrelay.runtime.messages import Dropped, Encoded, Sent, StageFailed, Started, StepDone, WorkerEvent
 from ditrelay.runtime.payloads import PayloadHeader

@@ -29,8 +29,10 @@ from ditrelay.engine import EngineStatus, Progress, Result, Ticket
 from ditrelay.errors import QueueFull, RequestCancelled, RequestFailed, StartupError
 from ditrelay.models.card import load_card
 from ditrelay.runtime.metrics import Timings
+from ditrelay.runtime.placement import Advice, StageSeconds, advise
 from ditrelay.runtime.request import Request, RequestState, SamplingParams
 from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.topology import Topology
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
@@ -47,6 +49,7 @@ class FakeEngine:
     def __init__(self, args: ServerArgs) -> None:
         self.args = args
         self.card = load_card("builtin:emoji")
+        self.topology = Topology.build(args)
         self.submitted: list[SamplingParams] = []
         self.cancelled: list[str] = []
         self.started = self.closed = False
@@ -61,6 +64,10 @@ class FakeEngine:
 
     def overlap(self) -> float:
         return 0.42
+
+    def advice(self) -> Advice | None:
+        seconds = StageSeconds(encode=0.1, denoise=2.0, decode=0.4, requests=len(self.submitted))
+        return advise(self.topology, seconds, lock_step=False, ranks=(), cores=None)
 
     def status(self) -> EngineStatus:
         return EngineStatus(ready=True, workers=())
@@ -363,6 +370,14 @@ def test_report_shows_stages_transfers_overlap_and_rate(run: Callable[..., Ran])
         assert heading in ran.out
     for value in ("0.250", "0.004", "1.500", "0.125", "1.900", "requests/s", "overlapped for 42%"):
         assert value in ran.out
+
+
+def test_report_says_whether_disaggregation_pays_off_where_there_is_a_choice(run: Callable[..., Ran]) -> None:
+    ran = run("generate", "a cat", "a dog", "--enable-disagg", "--num-gpus", "2", "--device", "cpu")
+    said = " ".join(ran.out.split())
+    assert "1 DiT + 1 non-DiT can make 0.5 requests/s at most; 2 with all roles 0.8 (60% more)" in said
+    assert "not for requests a second." in said
+    assert "at most" not in run("generate", "a cat", "a dog").out
 
 
 def test_report_fits_eighty_columns_and_shows_every_number() -> None:

@@ -35,7 +35,7 @@ def test_a_reference_page_is_what_its_script_writes(name: str, pages: dict[str, 
 
 
 def test_the_reference_has_every_address_and_every_flag(pages: dict[str, str]) -> None:
-    from ditrelay.engine import AsyncEngine
+    from ditrelay.async_engine import AsyncEngine
     from ditrelay.runtime.server_args import ServerArgs, server_flags
     from ditrelay.server.app import create_app
 

@@ -181,6 +181,18 @@ def test_a_picture_is_kept_apart_from_the_rows_until_its_job_ends(store: JobStor
     assert kept == dict.fromkeys(kept) | {"waits": picture}
 
 
+def test_past_their_bytes_no_picture_is_added_until_a_job_that_has_one_ends(store: JobStore) -> None:
+    def queued(job_id: str, nbytes: int) -> bool:
+        job = Job(id=job_id, model="tiny", params={"prompt": "a"}, created=1.5)
+        return store.add(job, limit=9, picture=bytes(nbytes) or None, max_bytes=100) is not None
+
+    assert queued("large", 101)  # the only one
+    assert not queued("second", 1) and store.get("second") is None
+    assert queued("without", 0)
+    store.cancel("large")
+    assert queued("half", 60) and queued("rest", 40) and not queued("more", 1)
+
+
 @pytest.mark.parametrize("url", ["nonsense", "nodatabase://x", "sqlite:////nowhere/at/all/jobs.sqlite"])
 def test_a_database_that_cannot_be_opened_is_an_error_of_its_flag(url):
     with pytest.raises(ConfigError, match="--job-store: "):

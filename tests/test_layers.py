@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime.scheduling.*",
             "ditrelay.runtime.meters",
             "ditrelay.runtime.metrics",
+            "ditrelay.runtime.placement",
             "ditrelay.runtime.timeline",
             "ditrelay.runtime.trace",
             "ditrelay.runtime.trace_*",
@@ -65,6 +66,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (
         5,
         (
+            "ditrelay.async_engine",
             "ditrelay.engine",
             "ditrelay.runtime.worker",
             "ditrelay.runtime.worker_*",

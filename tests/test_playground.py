@@ -106,6 +106,7 @@ def test_stages_of_different_requests_are_seen_at_work_at_once_in_the_colours_of
         numbers = [int(text) for text in page.locator(".badge").all_inner_texts()]
         assert numbers == list(range(numbers[0], numbers[0] - 6, -1))
         assert "overlapped for" in page.inner_text("#load")
+        until(page, "document.getElementById('placement').textContent.includes('to denoise and')")
 
 
 def test_progress_is_told_by_step_with_previews_before_the_picture(opened):

@@ -17,6 +17,7 @@ from server_fakes import CardEngine, running
 from ditrelay.errors import ConfigError, InvalidRequest
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.server import remote_media
+from ditrelay.server.problem import ApiError
 from ditrelay.server.remote_media import Fetched, RemoteMedia, is_public, look_up
 
 HOST = "pictures.test"
@@ -64,6 +65,10 @@ class Site:
         return f"http://{host}:{self.port}{path}"
 
 
+def ignore(nbytes: int) -> None:
+    """For fetches whose bytes nobody counts."""
+
+
 def resolver(*numbers: str) -> Callable[[str, int], Awaitable[list[str]]]:
     async def resolve(host: str, port: int) -> list[str]:
         return list(numbers)
@@ -79,7 +84,7 @@ def fetch(answers: Answer, path: str = "/cat.png", **how: Any) -> tuple[Fetched,
             options = {"resolve": resolver("127.0.0.1"), "may_reach": lambda number: True, "timeout": 5.0} | how
             remote = RemoteMedia([f"{HOST}:{site.port}"], max_bytes=MAX_BYTES, **options)
             async with asyncio.timeout(10):
-                return await remote.fetch(path if "://" in path else site.address(path)), site
+                return await remote.fetch(path if "://" in path else site.address(path), count=ignore), site
 
     return asyncio.run(main())
 
@@ -238,7 +243,7 @@ def test_an_encrypted_address_is_not_read_unencrypted() -> None:
                 may_reach=lambda number: True,
             )
             with pytest.raises(InvalidRequest) as caught:
-                await remote.fetch(site.address().replace("http:", "https:"))
+                await remote.fetch(site.address().replace("http:", "https:"), count=ignore)
             assert isinstance(caught.value.__cause__, (ssl.SSLError, OSError, type(None)))
             assert site.asked == []
 
@@ -275,6 +280,76 @@ def test_what_is_fetched_is_under_the_rules_of_uploads(
             assert engine.tickets[0].params.image == PNG
         else:
             assert response.json()["error"]["param"] == "image"
+
+    asyncio.run(main())
+
+
+class SlowSite(Site):
+    """Sends ``PNG`` but for its last byte, and that when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda path: None)
+        self.go_on = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.asked.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        writer.write(answer()[:-1])
+        await self.go_on.wait()
+        writer.write(PNG[-1:])
+        writer.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def test_pictures_that_trickle_in_count_in_the_bytes_of_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One and a half of them fit: the second is turned away while the first is on its way, and not after."""
+
+    async def main() -> None:
+        site = SlowSite()
+        async with asyncio.timeout(30), site.open():
+            limits = {"max_request_bytes": 1000, "max_total_bytes": len(PNG) * 3 // 2}
+            args = ServerArgs(served_model_name="tiny", allow_remote_media=f"{HOST}:{site.port}", **limits)
+            monkeypatch.setattr(remote_media, "look_up", resolver("127.0.0.1"))
+            monkeypatch.setattr(remote_media, "is_public", lambda number: True)
+            async with running(CardEngine(args)) as client:
+                held = client._transport.app.state.context.held
+                body = {"prompt": "a cat", "image": site.address()}
+                first = asyncio.create_task(client.post("/v1/images/edits", json=body))
+                await until(lambda: held.nbytes >= len(PNG) - 1)
+                refused = await client.post("/v1/images/edits", json=body)
+                assert (refused.status_code, refused.headers["retry-after"]) == (429, "9"), refused.text
+                assert "--max-total-bytes" in refused.json()["error"]["message"]
+                site.go_on.set()
+                assert (await first).status_code == 200
+                assert held.nbytes == 0
+                assert (await client.post("/v1/images/edits", json=body)).status_code == 200
+                assert held.nbytes == 0
+
+    asyncio.run(main())
+
+
+def test_no_more_pictures_are_fetched_at_a_time_than_are_allowed() -> None:
+    async def main() -> None:
+        site = SlowSite()
+        async with asyncio.timeout(30), site.open():
+            options = {"resolve": resolver("127.0.0.1"), "may_reach": lambda number: True, "timeout": 4.5}
+            remote = RemoteMedia([f"{HOST}:{site.port}"], max_bytes=MAX_BYTES, max_fetches=2, **options)
+            fetches = [asyncio.create_task(remote.fetch(site.address(), count=ignore)) for _ in range(2)]
+            await until(lambda: len(site.asked) == 2)
+            with pytest.raises(ApiError, match="2 pictures are fetched") as caught:
+                await remote.fetch(site.address(), count=ignore)
+            assert (caught.value.status, caught.value.headers) == (429, {"Retry-After": "5"})
+            fetches[0].cancel()
+            await asyncio.wait(fetches[:1])
+            site.go_on.set()
+            assert [(await fetch).content for fetch in fetches[1:]] == [PNG]
+            for _ in range(3):  # each gives its place back
+                assert (await remote.fetch(site.address(), count=ignore)).content == PNG
+            assert len(site.asked) == 5
 
     asyncio.run(main())
 

@@ -159,6 +159,7 @@ def test_unknown_addresses_and_methods():
     response = fetch("GET", ADDRESS)
     assert error_of(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
+    assert response.json()["error"]["message"].endswith("allowed: POST")
 
 
 def test_a_file_that_is_not_there_is_404():

@@ -89,6 +89,7 @@ def test_size_and_height_and_width_may_agree(fields, height, width):
         {"quality": "standard"},
         {"style": "natural"},
         {"background": "opaque"},
+        {"moderation": "low"},
         {"output_format": None, "output_compression": None},
         {"stream": False, "partial_images": None},
         {"partial_images": 0},

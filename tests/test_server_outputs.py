@@ -59,10 +59,10 @@ def test_a_fault_of_the_servers_own_ends_the_video_and_is_told_to_the_log_alone(
 
 @pytest.mark.parametrize(
     ("headers", "status", "expected"),
-    [({}, 200, MP4), ({"range": "bytes=4-5"}, 206, b"of"), ({"range": "bytes=99-"}, 416, b"")],
+    [({}, 200, MP4), ({"range": "bytes=4-5"}, 206, b"of"), ({"range": "bytes=99-"}, 416, None)],
 )
 def test_a_video_deleted_while_it_is_sent_is_sent_whole_and_nothing_of_it_stays_open(
-    tmp_path: Path, headers: dict[str, str], status: int, expected: bytes
+    tmp_path: Path, headers: dict[str, str], status: int, expected: bytes | None
 ) -> None:
     async def main() -> None:
         async with asyncio.timeout(30), serving(tmp_path) as (client, _):
@@ -71,11 +71,31 @@ def test_a_video_deleted_while_it_is_sent_is_sent_whole_and_nothing_of_it_stays_
             path = tmp_path / f"{video_id}.mp4"
             sent = await asked(client, f"{ADDRESS}/{video_id}/content", headers, on_start=path.unlink)
             assert sent[0]["status"] == status
-            assert b"".join(message["body"] for message in sent[1:]) == expected
-            assert dict(sent[0]["headers"])[b"content-length"] == b"%d" % len(expected)
+            body = b"".join(message["body"] for message in sent[1:])
+            assert body == expected if expected else msgspec.json.decode(body)["error"]["code"] == "invalid_range"
+            assert dict(sent[0]["headers"])[b"content-length"] == b"%d" % len(body)
             assert not [fd for fd in Path("/proc/self/fd").iterdir() if str(path) in linked(fd)]
             gone = await client.get(f"{ADDRESS}/{video_id}/content")
             assert (gone.status_code, gone.json()["error"]["code"]) == (404, "file_not_found")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("asked_for", "status"), [("bytes=99-", 416), ("bytes=", 400), ("lines=1-2", 400)])
+def test_a_part_that_there_is_not_is_refused_in_the_form_of_all_errors(
+    tmp_path: Path, asked_for: str, status: int
+) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), serving(tmp_path) as (client, _):
+            video_id = (await create(client, "a cat"))["id"]
+            await until(client, video_id, status="completed")
+            address, headers = f"{ADDRESS}/{video_id}/content", {"Range": asked_for}
+            refused = await client.get(address, headers=headers)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (status, "Range")
+            assert f"{len(MP4)} bytes" in refused.json()["error"]["message"]
+            assert refused.headers.get("content-range") == (f"bytes */{len(MP4)}" if status == 416 else None)
+            head = await client.head(address, headers=headers)
+            assert (head.status_code, head.headers["content-length"]) == (200, str(len(MP4)))
 
     asyncio.run(main())
 

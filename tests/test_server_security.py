@@ -59,6 +59,7 @@ def test_without_the_right_key_every_address_is_401(value, method, address):
 def test_the_key_opens_and_two_of_them_do_not():
     right = ("authorization", f"Bearer {KEY}")
     assert fetch(locked(), "POST", ADDRESS, headers=[right], json={"prompt": "a cat"}).status_code == 200
+    assert fetch(locked(), "GET", "/ready", headers={"authorization": f"bearer {KEY}"}).status_code == 200
     assert fetch(locked(), "GET", "/ready", headers=[right, right]).status_code == 401
 
 

@@ -42,7 +42,7 @@ def run(monkeypatch):
         engine: FakeEngine, client: Callable[[httpx.Client], None], number: int = signal.SIGTERM, **settings: object
     ) -> int:
         engine.args = ServerArgs(served_model_name="tiny", **settings)
-        monkeypatch.setitem(sys.modules, "ditrelay.engine", SimpleNamespace(AsyncEngine=lambda args: engine))
+        monkeypatch.setitem(sys.modules, "ditrelay.async_engine", SimpleNamespace(AsyncEngine=lambda args: engine))
         with listen("127.0.0.1", 0) as free:
             port = free.getsockname()[1]
 
@@ -205,7 +205,7 @@ def test_a_client_that_sends_too_much_gets_its_answer_and_not_a_reset(run):
 def test_an_engine_that_does_not_start_ends_it_with_one_line(monkeypatch, capsys, failure, code):
     engine = FakeEngine(failure=failure)
     engine.loaded.set()
-    monkeypatch.setitem(sys.modules, "ditrelay.engine", SimpleNamespace(AsyncEngine=lambda args: engine))
+    monkeypatch.setitem(sys.modules, "ditrelay.async_engine", SimpleNamespace(AsyncEngine=lambda args: engine))
     assert serve(ServerArgs(port=0)) == code
     errors = [line for line in house_lines(capsys) if line.startswith("[ERROR]")]
     assert errors == [f"[ERROR] the engine did not start: {failure}"]
@@ -216,7 +216,7 @@ def test_a_model_that_is_not_supported_is_one_line_and_code_2(monkeypatch, capsy
     def refuse(args: ServerArgs) -> FakeEngine:
         raise UnsupportedModel("it has no transformer")
 
-    monkeypatch.setitem(sys.modules, "ditrelay.engine", SimpleNamespace(AsyncEngine=refuse))
+    monkeypatch.setitem(sys.modules, "ditrelay.async_engine", SimpleNamespace(AsyncEngine=refuse))
     assert serve(ServerArgs(port=0)) == 2
     assert house_lines(capsys) == ["[ERROR] --model-path: it has no transformer"]
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from server_fakes import FakeEngine, running, settle
 
+from ditrelay.runtime.placement import StageSeconds, advise
 from ditrelay.runtime.server_args import ServerArgs
 
 
@@ -99,6 +100,24 @@ def test_the_topology_shows_every_rank_and_edge():
         {"source": 2, "target": 0, "up": True, "generation": 3, "used": 1, "window": 2, "nbytes": 500}
     ]
     assert page["requests"] == {"queued": 0, "running": 0, "done": 0, "failed": 0, "cancelled": 0}
+    assert page["placement"] is None
+
+
+def test_the_topology_says_whether_disaggregation_pays_off():
+    seconds = StageSeconds(encode=0.5, denoise=2.0, decode=0.5, requests=12)
+    engine = FakeEngine()
+    engine.placement = advise(engine.topology, seconds, lock_step=False, ranks=(), cores=None)
+    assert get("/v1/topology", engine).json()["placement"] == {
+        "requests": 12,
+        "encode_seconds": 0.5,
+        "denoise_seconds": 2.0,
+        "decode_seconds": 0.5,
+        "options": [
+            {"name": "2 DiT + 1 non-DiT", "requests_per_second": 1.0},
+            {"name": "3 with all roles", "requests_per_second": 1.0},
+        ],
+        "text": engine.placement.text,
+    }
 
 
 def test_ready_names_the_engine_where_every_worker_is_up_but_not_warm():
@@ -107,6 +126,28 @@ def test_ready_names_the_engine_where_every_worker_is_up_but_not_warm():
 
     response = get("/ready", Cold())
     assert (response.status_code, response.json()["missing"]) == (503, {"engine": ["warming up"]})
+
+
+def test_head_is_answered_as_get_without_the_body():
+    """Download tools and load balancers ask by it."""
+
+    async def main() -> None:
+        engine = FakeEngine()
+        async with running(engine) as client:
+            drawn = await client.post("/v1/images/generations", json={"prompt": "a cat"})
+            job = (await client.get("/v1/jobs")).json()["data"][0]["id"]
+            addresses = ["/", "/health", "/ready", "/metrics", "/v1/models", "/v1/models/tiny", "/v1/topology"]
+            addresses += [drawn.json()["data"][0]["url"], "/v1/images/none/content", "/v1/videos", f"/v1/jobs/{job}"]
+            for address in [*addresses, f"/v1/jobs/{job}/events", "/playground/main.js", "/docs"]:
+                by_get, by_head = await client.get(address), await client.head(address)
+                assert by_head.status_code == by_get.status_code, address
+                assert dict(by_head.headers) == dict(by_get.headers), address
+            # It has no end; its head is all that is asked for.
+            assert (await client.head("/v1/activity")).headers["content-type"].startswith("text/event-stream")
+            engine.down[0] = "killed"
+            assert (await client.head("/ready")).status_code == 503
+
+    asyncio.run(main())
 
 
 def test_the_engine_is_closed_at_the_end_also_while_it_starts():
@@ -129,7 +170,9 @@ def test_the_served_model_is_listed_and_found_under_any_name(name):
 
 
 def test_the_root_says_what_there_is():
-    assert get("/").json()["model"] == "tiny"
+    root = get("/").json()
+    assert root["model"] == "tiny"
+    assert {"POST /v1/images/edits", "POST /v1/jobs/{job_id}/cancel", "GET /health"} <= set(root["endpoints"])
     assert get("/docs").status_code == 200
 
 
@@ -142,6 +185,9 @@ def test_the_openapi_page_describes_what_is_really_sent():
     assert request["required"] == ["prompt"]
     assert {"seed", "timings", "url", "b64_json"} == set(answer["properties"])
     assert "HTTPValidationError" not in page["components"]["schemas"]
+    operations = [operation for path in page["paths"].values() for operation in path.items()]
+    assert {method for method, _ in operations} == {"get", "post", "delete"}
+    assert len({operation["operationId"] for _, operation in operations}) == len(operations)
     assert set(page["paths"]) == {
         "/v1/images/edits",
         "/v1/images/generations",

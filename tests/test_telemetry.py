@@ -14,7 +14,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SentSpan
 
-from ditrelay.engine import AsyncEngine, Engine
+from ditrelay.async_engine import AsyncEngine
+from ditrelay.engine import Engine
 from ditrelay.errors import ConfigError, RequestCancelled
 from ditrelay.runtime.metrics import RequestClock, Span
 from ditrelay.runtime.request import Request, SamplingParams

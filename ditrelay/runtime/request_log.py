@@ -71,6 +71,10 @@ class KeptSpans:
     def of(self, request_id: str) -> tuple[Span, ...]:
         return tuple(span for _, span in self._of.get(request_id, ()))
 
+    def newest(self, requests: int) -> list[Span]:
+        """Those of the newest requests, request by request."""
+        return [span for spans in list(self._of.values())[-requests:] for _, span in spans]
+
     def all(self) -> list[Span]:
         """In the order in which they were added."""
         numbered = [each for spans in self._of.values() for each in spans]
@@ -127,6 +131,11 @@ class RequestLog:
         """The spans of the newest ``KEPT_REQUESTS`` requests, in the order in which they were reported."""
         with self._lock:
             return self._spans.all()
+
+    def newest_spans(self, requests: int) -> list[Span]:
+        """The spans of the newest ``requests`` requests, request by request."""
+        with self._lock:
+            return self._spans.newest(requests)
 
     def counts(self) -> dict[str, int]:
         with self._lock:

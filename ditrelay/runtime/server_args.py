@@ -159,7 +159,13 @@ class ServerArgs:
         7 * 24 * 3600.0, "Jobs", "For a video and its job to be kept after its end.", above=0, metavar="SECONDS"
     )
     max_output_bytes: int = flag(
-        100 << 30, "Jobs", "Bytes of all videos kept; past it the oldest go.", minimum=1, metavar="BYTES", is_bytes=True
+        100 << 30,
+        "Jobs",
+        "Bytes of all videos kept; past it the oldest go. And of the pictures that queued ones start from; past it a "
+        "request is refused.",
+        minimum=1,
+        metavar="BYTES",
+        is_bytes=True,
     )
 
     max_queue: int = flag(256, "Limits", "Requests that may wait; past it a request is refused.", minimum=1)
@@ -167,7 +173,12 @@ class ServerArgs:
         1 << 20, "Limits", "Bytes of one request's body.", minimum=1, metavar="BYTES", is_bytes=True
     )
     max_total_bytes: int = flag(
-        256 << 20, "Limits", "Bytes of all requests' bodies at a time.", minimum=1, metavar="BYTES", is_bytes=True
+        256 << 20,
+        "Limits",
+        "Bytes of all requests' bodies and of what is fetched for them at a time.",
+        minimum=1,
+        metavar="BYTES",
+        is_bytes=True,
     )
     max_upload_bytes: int = flag(
         32 << 20,

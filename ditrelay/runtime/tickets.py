@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -153,3 +155,20 @@ class Ticket:
     def fail(self, error: Exception, state: RequestState, at: float) -> None:
         self.future.set_exception(error)
         self.report(Progress(self.request_id, state, at=at))
+
+
+class Cancellable(Protocol):
+    """A ticket, for threads or for asyncio."""
+
+    def cancel(self) -> None: ...
+
+
+@contextlib.contextmanager
+def cancelled_on_error(tickets: Sequence[Cancellable]) -> Iterator[None]:
+    """What raises inside ends all of them: nobody else has them, and they would keep the ranks from other work."""
+    try:
+        yield
+    except BaseException:
+        for ticket in tickets:
+            ticket.cancel()
+        raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import aclosing
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from ditrelay.runtime.status import ROLES
 from ditrelay.runtime.timeline import lanes_of
@@ -13,9 +13,10 @@ from ditrelay.runtime.topology import role_name
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.job_schemas import ActivityEvent, Lane, Rank, TopologyEvent
 from ditrelay.server.problem import RESPONSES
+from ditrelay.server.router import Router
 from ditrelay.server.streaming import Emit, EventStream
 
-router = APIRouter(prefix="/v1", tags=["service"], responses=RESPONSES)
+router = Router(prefix="/v1", tags=["service"], responses=RESPONSES)
 
 _PAST_SECONDS = 30.0
 _EVENTS = """The events, by name:

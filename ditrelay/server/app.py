@@ -24,7 +24,7 @@ from ditrelay.server.context import Context
 from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit, CallersTrace, OwnPages
 
 if TYPE_CHECKING:
-    from ditrelay.engine import AsyncEngine
+    from ditrelay.async_engine import AsyncEngine
     from ditrelay.runtime.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 async def _serve(args: ServerArgs, listener: socket.socket) -> int:
     # Imported late: it takes seconds, and a taken port is told before.
-    from ditrelay.engine import AsyncEngine
+    from ditrelay.async_engine import AsyncEngine
 
     server = EngineServer(AsyncEngine(args))
     loop = asyncio.get_running_loop()

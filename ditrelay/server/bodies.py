@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from ditrelay.server.problem import ApiError, shorten
 from ditrelay.server.schemas import MAX_FIELDS, too_many_fields
@@ -30,8 +31,8 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 @dataclass
 class HeldBytes:
-    """Bytes of clients that are in memory: bodies of requests that are not answered yet, and pictures to start from
-    where nobody waits for the answer. Belongs to the event loop's thread."""
+    """Bytes of clients that are in memory: bodies of requests that are not answered yet, pictures fetched for them, and
+    pictures to start from where nobody waits for the answer. Belongs to the event loop's thread."""
 
     nbytes: int = 0
 
@@ -43,6 +44,56 @@ class HeldBytes:
             yield
         finally:
             self.nbytes -= nbytes
+
+
+@dataclass
+class RequestBytes:
+    """What one request has brought into memory: its body, and the pictures fetched for it.
+
+    Args:
+        held: counts what all have.
+        max_total: what all may have.
+        retry_after: seconds after which a client that is turned away should come back.
+    """
+
+    held: HeldBytes
+    max_total: int
+    retry_after: Callable[[], int]
+    nbytes: int = 0
+
+    def add(self, nbytes: int) -> None:
+        """Count ``nbytes`` more. Raises ``HTTPException`` (429) where all have too much."""
+        self.nbytes += nbytes
+        self.held.nbytes += nbytes
+        if self.held.nbytes > self.max_total:
+            seconds = str(self.retry_after())
+            reason = f"requests with {self.max_total} bytes are under way (--max-total-bytes)"
+            raise refused(429, f"{reason}; try again in {seconds} s", {"Retry-After": seconds})
+
+    def release(self) -> None:
+        """The request has ended."""
+        self.held.nbytes -= self.nbytes
+        self.nbytes = 0
+
+
+_BYTES = "ditrelay.bytes"  # in the scope of a request
+
+
+def count_bytes(scope: Scope, counted: RequestBytes) -> None:
+    """Let the routes find ``counted``."""
+    scope[_BYTES] = counted
+
+
+def bytes_of(request: Request) -> RequestBytes:
+    """What ``request`` has brought into memory."""
+    counted: RequestBytes = request.scope[_BYTES]
+    return counted
+
+
+def refused(status: int, detail: str, headers: Mapping[str, str] | None = None) -> HTTPException:
+    """Turns a request away whose body may still be on its way, so its connection is closed."""
+    # An HTTPException is what FastAPI lets through while it reads a body.
+    return HTTPException(status, detail, headers={"Connection": "close", **(headers or {})})
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,19 @@ from ditrelay.server.image_jobs import ImageJobs
 from ditrelay.server.jobs import Jobs
 from ditrelay.server.problem import model_not_found, not_ready, role_lost, shutting_down
 from ditrelay.server.remote_media import RemoteMedia
-from ditrelay.server.schemas import EdgeState, RankState, Readiness, RequestCounts, TopologyState
+from ditrelay.server.schemas import (
+    EdgeState,
+    PlacementAdvice,
+    PlacementOption,
+    RankState,
+    Readiness,
+    RequestCounts,
+    TopologyState,
+)
 
 if TYPE_CHECKING:
-    from ditrelay.engine import AsyncEngine
+    from ditrelay.async_engine import AsyncEngine
+    from ditrelay.runtime.placement import Advice
     from ditrelay.runtime.status import EngineStatus, WorkerStatus
 
 
@@ -75,7 +84,8 @@ class Context:
     def remote(self) -> RemoteMedia | None:
         """Fetches pictures from the hosts of ``--allow-remote-media``; ``None`` where there are none."""
         args = self.engine.args
-        return RemoteMedia(args.media_hosts, max_bytes=args.max_upload_bytes) if args.media_hosts else None
+        max_bytes = min(args.max_upload_bytes, args.max_total_bytes)
+        return RemoteMedia(args.media_hosts, max_bytes=max_bytes) if args.media_hosts else None
 
     @property
     def model_name(self) -> str:
@@ -151,6 +161,7 @@ class Context:
                 failed=status.failed,
                 cancelled=status.cancelled,
             ),
+            placement=_placement(self.engine.advice()),
         )
 
     def check_roles(self) -> None:
@@ -187,6 +198,19 @@ def _rank_state(worker: WorkerStatus) -> RankState:
         pending_sends=beat.pending_sends if beat else 0,
         pending_recvs=beat.pending_recvs if beat else 0,
         kept_bytes=beat.kept if beat else 0,
+    )
+
+
+def _placement(advice: Advice | None) -> PlacementAdvice | None:
+    if advice is None:
+        return None
+    return PlacementAdvice(
+        requests=advice.seconds.requests,
+        encode_seconds=advice.seconds.encode,
+        denoise_seconds=advice.seconds.denoise,
+        decode_seconds=advice.seconds.decode,
+        options=[PlacementOption(name=each.name, requests_per_second=each.rate) for each in advice.options],
+        text=advice.text,
     )
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from ditrelay.models.quirks import FAMILIES
 from ditrelay.server import detached
-from ditrelay.server.bodies import Body, page_entry, read_body, required
+from ditrelay.server.bodies import Body, bytes_of, page_entry, read_body, required
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.edit_schemas import ImageEditRequest
 from ditrelay.server.images import respond
 from ditrelay.server.problem import RESPONSES, ApiError
+from ditrelay.server.router import Router
 from ditrelay.server.schemas import ImagesResponse
 from ditrelay.server.uploads import PictureReference, Upload, picture_of
 
-router = APIRouter(prefix="/v1", tags=["images"], responses=RESPONSES)
+router = Router(prefix="/v1", tags=["images"], responses=RESPONSES)
 
 _FILES = ("image", "mask")
 
@@ -38,7 +39,8 @@ async def edit_image(request: Request, context: ContextDep) -> Response:
     body = sent.checked(ImageEditRequest)
     context.check_model(body.model)
     _check_edits(context)
-    body.start_from(await picture_of(_source(sent, body), param="image", remote=context.remote))
+    source, count = _source(sent, body), bytes_of(request).add
+    body.start_from(await picture_of(source, param="image", remote=context.remote, count=count))
     return await respond(body, request, context)
 
 

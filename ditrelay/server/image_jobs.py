@@ -33,7 +33,8 @@ from ditrelay.server.problem import INVALID, SERVER
 from ditrelay.server.schemas import Error
 
 if TYPE_CHECKING:
-    from ditrelay.engine import AsyncTicket, Progress, Result
+    from ditrelay.async_engine import AsyncTicket
+    from ditrelay.engine import Progress, Result
 
 logger = logging.getLogger(__name__)
 

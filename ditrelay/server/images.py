@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from PIL import Image
 from pydantic import BaseModel
 
@@ -24,6 +24,7 @@ from ditrelay.server.files import FileStore
 from ditrelay.server.image_jobs import ImageJob
 from ditrelay.server.live import Live
 from ditrelay.server.problem import RESPONSES, SERVER, ApiError, shutting_down
+from ditrelay.server.router import Router
 from ditrelay.server.schemas import (
     EventFamily,
     ImageCancelled,
@@ -37,9 +38,10 @@ from ditrelay.server.schemas import (
 from ditrelay.server.streaming import Emit, EventStream, while_connected
 
 if TYPE_CHECKING:
-    from ditrelay.engine import AsyncEngine, Result
+    from ditrelay.async_engine import AsyncEngine
+    from ditrelay.engine import Result
 
-router = APIRouter(prefix="/v1", tags=["images"], responses=RESPONSES)
+router = Router(prefix="/v1", tags=["images"], responses=RESPONSES)
 
 
 class PictureRequest(Protocol):

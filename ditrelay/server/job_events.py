@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi import Header, Query, Request, Response
 
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.events import EventLog
-from ditrelay.server.job_schemas import Completed, JobEvent, JobInfo, JobList
+from ditrelay.server.job_schemas import Completed, JobInfo, JobList
 from ditrelay.server.problem import RESPONSES, ApiError, not_ready
+from ditrelay.server.router import Router
 from ditrelay.server.streaming import Emit, EventStream
 
-router = APIRouter(prefix="/v1", tags=["jobs"], responses=RESPONSES)
+router = Router(prefix="/v1", tags=["jobs"], responses=RESPONSES)
+
+Told = TypeVar("Told", JobInfo, Completed)
 
 _EVENTS = """The events, by name:
 
@@ -26,28 +29,30 @@ _EVENTS = """The events, by name:
 
 
 @router.get("/jobs")
-async def list_jobs(context: ContextDep, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> JobList:
+async def list_jobs(
+    request: Request, context: ContextDep, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+) -> JobList:
     """The jobs that wait and run, and those that ended of late, newest first: pictures for some minutes, videos as long
     as they are kept."""
     jobs = await context.board.newest(limit)
-    return JobList(data=jobs)
+    return JobList(data=[_addressed(job, request) for job in jobs])
 
 
 @router.get("/jobs/{job_id}")
-async def get_job(job_id: str, context: ContextDep) -> JobInfo:
+async def get_job(job_id: str, request: Request, context: ContextDep) -> JobInfo:
     """How far a job is."""
-    return await _find(job_id, context)
+    return _addressed(await _find(job_id, context), request)
 
 
 @router.post("/jobs/{job_id}/cancel")
-async def cancel_job(job_id: str, context: ContextDep) -> JobInfo:
+async def cancel_job(job_id: str, request: Request, context: ContextDep) -> JobInfo:
     """End a job that is queued or in progress; one that is cancelled stays as it is."""
     await _find(job_id, context)
     await context.board.cancel(job_id)
     job = await _find(job_id, context)
     if job.status in ("completed", "failed"):
         raise ApiError(400, f"job_id: it has ended ({job.status})", param="job_id", code="job_ended")
-    return job
+    return _addressed(job, request)
 
 
 @router.get(
@@ -76,18 +81,18 @@ async def follow_job(
     number = log.number_of(last_event_id or after)
     if number and log.is_over_after(number):
         return Response(status_code=204)  # tells an EventSource not to come back
-    base = str(request.base_url).rstrip("/")
-    return EventStream(lambda emit: _tell(log, number, base, emit), until=context.closed, eager=True)
+    return EventStream(lambda emit: _tell(log, number, request, emit), until=context.closed, eager=True)
 
 
-async def _tell(log: EventLog, after: int, base: str, emit: Emit) -> None:
+async def _tell(log: EventLog, after: int, request: Request, emit: Emit) -> None:
     async for event in log.read(after):
-        await emit(event.name, _addressed(event.data, base), log.id_of(event))
+        data = _addressed(event.data, request) if isinstance(event.data, Completed) else event.data
+        await emit(event.name, data, log.id_of(event))
 
 
-def _addressed(data: JobEvent, base: str) -> JobEvent:
+def _addressed(told: Told, request: Request) -> Told:
     """With the file's address as this client reaches the server."""
-    return data.model_copy(update={"url": base + data.url}) if isinstance(data, Completed) else data
+    return told.model_copy(update={"url": str(request.base_url).rstrip("/") + told.url}) if told.url else told
 
 
 async def _find(job_id: str, context: Context) -> JobInfo:

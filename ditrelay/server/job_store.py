@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -144,11 +145,12 @@ class JobStore:
     def close(self) -> None:
         self._held.close()
 
-    def add(self, job: Job, *, limit: int, picture: bytes | None = None) -> Job | None:
-        """Keep a new job; ``None`` where ``limit`` jobs are queued already.
+    def add(self, job: Job, *, limit: int, picture: bytes | None = None, max_bytes: int = sys.maxsize) -> Job | None:
+        """Keep a new job; ``None`` where ``limit`` jobs are queued already, or its picture is too much.
 
         Args:
             picture: what the job starts from; kept until the job ends.
+            max_bytes: of all pictures kept; one is, whatever its size.
 
         Returns:
             The job as it is kept, or the older one that has its idempotency key.
@@ -160,6 +162,8 @@ class JobStore:
                     return older
                 waiting = sa.select(sa.func.count()).where(_JOBS.c.state == JobState.QUEUED)
                 if connection.execute(waiting).scalar_one() >= limit:
+                    return None
+                if picture is not None and _is_full(connection, len(picture), max_bytes):
                     return None
                 connection.execute(_JOBS.insert().values(values))
                 if picture is not None:
@@ -287,6 +291,12 @@ def _moved(connection: sa.Connection, job_id: str, states: Sequence[JobState], v
 
 def _drop_picture(connection: sa.Connection, job_id: str) -> None:
     connection.execute(_PICTURES.delete().where(_PICTURES.c.job == job_id))
+
+
+def _is_full(connection: sa.Connection, nbytes: int, max_bytes: int) -> bool:
+    """Whether a picture of ``nbytes`` is too much beside those kept. SQLite and PostgreSQL do not read them for it."""
+    kept = connection.execute(sa.select(sa.func.sum(sa.func.length(_PICTURES.c.content)))).scalar_one()
+    return bool(kept) and kept + nbytes > max_bytes
 
 
 def _one(connection: sa.Connection, where: sa.ColumnElement[bool]) -> Job | None:

@@ -17,27 +17,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
-from ditrelay.errors import ConfigError, DitrelayError, EngineClosed, QueueFull
+from ditrelay.errors import DitrelayError, EngineClosed, QueueFull
 from ditrelay.runtime.request import RequestState, SamplingParams
 from ditrelay.runtime.telemetry import Carrier, called_by, caller
 from ditrelay.server.events import EventLog, EventLogs
 from ditrelay.server.image_jobs import completed, error_of, event_of
 from ditrelay.server.job_schemas import Cancelled, Completed, Failed, Queued
-from ditrelay.server.job_store import Job, JobState, JobStore, lock_file
+from ditrelay.server.job_store import Job, JobState, JobStore
 from ditrelay.server.live import JobNames, Live
 from ditrelay.server.one_thread import OneThread
-from ditrelay.server.problem import SERVER, store_down
+from ditrelay.server.output_folder import lock_folder, output_path, recover, sqlite_url, write
+from ditrelay.server.problem import SERVER, ApiError, store_down
 from ditrelay.server.schemas import Error
 
 if TYPE_CHECKING:
-    from ditrelay.engine import AsyncEngine, Result
+    from ditrelay.async_engine import AsyncEngine
+    from ditrelay.engine import Result
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = ".mp4"
-_PART = ".part"  # an output that is still written
 _SWEEP_SECONDS = 60.0
 _RETRY_SECONDS = 5.0
 _CALL_SECONDS = 30.0  # longer than a database that is busy takes, and a large file on a slow disk
@@ -79,11 +79,11 @@ class Jobs:
     @classmethod
     def _open(cls, engine: AsyncEngine) -> Jobs:
         folder, args = Path(engine.args.output_dir).absolute(), engine.args
-        lock = _lock_folder(folder)
+        lock = lock_folder(folder)
         with contextlib.ExitStack() as undo:
             undo.callback(os.close, lock)
-            jobs = cls(engine, JobStore(args.job_store or _sqlite_url(folder)), folder, lock)
-            _recover(jobs.store, folder)
+            jobs = cls(engine, JobStore(args.job_store or sqlite_url(folder)), folder, lock)
+            recover(jobs.store, folder)
             undo.pop_all()
         return jobs
 
@@ -114,15 +114,19 @@ class Jobs:
             idempotency_key=key,
             fingerprint=fingerprint,
         )
-        kept = await self.call(self.store.add, job, limit=self.engine.args.max_jobs, picture=params.image)
+        args = self.engine.args
+        limits = {"limit": args.max_jobs, "max_bytes": args.max_output_bytes}
+        try:
+            kept = await self.call(self.store.add, job, picture=params.image, **limits)
+        finally:  # where the answer is lost it may be queued all the same
+            self._news.set()
         if kept is not None and kept.id == job.id and (trace := caller()):
             self._callers[job.id] = trace
-        self._news.set()
         return kept
 
     async def cancel(self, job_id: str) -> bool:
         """Whether this call ended the job."""
-        ended = await self.call(self.store.cancel, job_id)
+        ended = await self._ending(job_id, self.store.cancel)
         if ended:
             self.logs.open(job_id).add(Cancelled())
         self._stop(job_id)
@@ -130,7 +134,7 @@ class Jobs:
 
     async def delete(self, job: Job) -> None:
         """Remove the job and its file; one that runs is cancelled."""
-        await self.call(self._remove, job.id)
+        await self._ending(job.id, self._remove)
         self.logs.open(job.id).add(Cancelled())
         self._stop(job.id)
 
@@ -166,6 +170,21 @@ class Jobs:
             log.add(Cancelled())
         return log
 
+    async def _ending(self, job_id: str, what: Callable[[str], T]) -> T:
+        """``call`` for what ends a job."""
+        try:
+            return await self.call(what, job_id)
+        except (SQLAlchemyError, ApiError):  # it may have ended, and nobody may ask again
+            self._spawn(self._stop_ended(job_id))
+            raise
+
+    async def _stop_ended(self, job_id: str) -> None:
+        job = await self._insist(lambda: self._do(self.store.get, job_id))
+        if job is None:
+            self.logs.open(job_id).add(Cancelled())
+        if job is None or self.log_of(job).ended:
+            self._stop(job_id)
+
     def _stop(self, job_id: str) -> None:
         self._callers.pop(job_id, None)
         live = self.live.get(job_id)
@@ -174,7 +193,7 @@ class Jobs:
 
     def _remove(self, job_id: str) -> None:
         # In this order: a file without a row would stay for good.
-        (self.folder / (job_id + _SUFFIX)).unlink(missing_ok=True)
+        output_path(self.folder, job_id).unlink(missing_ok=True)
         self.store.delete(job_id)
 
     # ------------------------------------------------------------ life
@@ -231,6 +250,18 @@ class Jobs:
                 logger.error("--job-store: %s; trying again in %g s", str(error).splitlines()[0], _RETRY_SECONDS)
                 await asyncio.sleep(_RETRY_SECONDS)
 
+    async def _moved(self, state: JobState, move: Callable[..., bool], job_id: str, *values: Any) -> bool:
+        """Whether ``move`` has brought the job to ``state``, which only this server's own tasks do: also where the
+        answer was lost, so that it finds itself done when it is tried again."""
+
+        async def tried() -> bool:
+            if await self._do(move, job_id, *values):
+                return True
+            job = await self._do(self.store.get, job_id)
+            return job is not None and job.state is state
+
+        return await self._insist(tried)
+
     async def _dispatch(self) -> None:
         """Puts as many jobs on the engine as its ranks and windows have room for; the rest waits in the store, where
         ``--request-timeout`` does not count it. Returns when that may have changed."""
@@ -239,7 +270,7 @@ class Jobs:
         self._news.clear()
         if room > 0 and not self.engine.status().lost_roles:
             for job in await self._do(self.store.queued, args.model_name, room):
-                if await self._do(self.store.start, job.id):
+                if await self._moved(JobState.IN_PROGRESS, self.store.start, job.id):
                     self.live[job.id] = Live()
                     self._spawn(self._run(job))
         with contextlib.suppress(TimeoutError):  # another look now and then: ranks come back without a word
@@ -265,13 +296,12 @@ class Jobs:
     async def _fail(self, job: Job, reason: str) -> None:
         """It has no effect where the job was cancelled."""
         if not self._closed:  # what the end of the server cut short is not over
-            if await self._insist(lambda: self._do(self.store.fail, job.id, reason)):
+            if await self._moved(JobState.FAILED, self.store.fail, job.id, reason):
                 self.logs.open(job.id).add(Failed(error=failure(replace(job, error=reason))))
 
     async def _finish(self, job: Job, result: Result) -> None:
-        path = self.folder / (job.id + _SUFFIX)
-        await self._do(_write, self.folder / (job.id + _PART), path, result.media)
-        if await self._insist(lambda: self._do(self.store.complete, job.id, path.name, len(result.media))):
+        path = await self._do(write, self.folder, job.id, result.media)
+        if await self._moved(JobState.COMPLETED, self.store.complete, job.id, path.name, len(result.media)):
             self.logs.open(job.id).add(completed(content_path(job), result))
         else:
             await self._do(path.unlink, missing_ok=True)  # cancelled or deleted in the meantime
@@ -342,44 +372,3 @@ def _completed(job: Job) -> Completed:
 def fingerprint(params: SamplingParams) -> str:
     """Equal for requests that ask for the same."""
     return hashlib.sha256(msgspec.json.encode(params, order="sorted")).hexdigest()
-
-
-def _recover(store: JobStore, folder: Path) -> None:
-    """Take up what the last server has left."""
-    for part in folder.glob(f"*{_PART}"):
-        part.unlink(missing_ok=True)
-    for job in store.interrupted():
-        path = folder / (job.id + _SUFFIX)
-        if path.exists():  # written whole; only the row was not
-            store.complete(job.id, path.name, path.stat().st_size)
-        else:
-            store.requeue(job.id)
-            logger.info("%s was interrupted and is queued again", job.id)
-
-
-def _lock_folder(folder: Path) -> int:
-    """A lock that lasts as long as its descriptor is open. Raises ``ConfigError`` where another process has it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return lock_file(folder / ".lock")
-    except BlockingIOError:
-        raise ConfigError("--output-dir", f"{folder} is in use by another server; give each its own") from None
-    except OSError as error:
-        raise ConfigError("--output-dir", f"{folder} cannot be written to: {error.strerror}") from error
-
-
-def _sqlite_url(folder: Path) -> str:
-    return f"sqlite:///{folder / 'jobs.sqlite'}"
-
-
-def _write(part: Path, path: Path, content: bytes) -> None:
-    """Under its own name there is the whole file or none, also after a power cut."""
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)  # on a full disk it would keep the space that the next one needs
-        raise

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from ditrelay.runtime.request import RequestState
 
 if TYPE_CHECKING:
-    from ditrelay.engine import AsyncTicket, Progress
+    from ditrelay.async_engine import AsyncTicket
+    from ditrelay.engine import Progress
 
 _ENCODED, _DENOISED = 5, 90  # percent done after these stages
 _AFTER_DENOISE = (

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from ditrelay._version import __version__
 from ditrelay.runtime.meters import HistogramReading
 from ditrelay.server.context import ContextDep
 from ditrelay.server.exposition import CONTENT_TYPE, Family, render
 from ditrelay.server.problem import RESPONSES
+from ditrelay.server.router import Router
 
 if TYPE_CHECKING:
     from ditrelay.runtime.status import EngineStatus
 
-router = APIRouter(tags=["service"], responses=RESPONSES)
+router = Router(tags=["service"], responses=RESPONSES)
 
 # Fields of Timings that are one part of a request's way.
 STAGES = ("queued", "encode", "to_dit", "wait_dit", "denoise", "to_decoder", "wait_decoder", "decode")

@@ -8,7 +8,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ditrelay.runtime.telemetry import CARRIER_HEADERS, called_by
 from ditrelay.server import playground
 from ditrelay.server.addresses import address_of
-from ditrelay.server.bodies import HeldBytes
+from ditrelay.server.bodies import HeldBytes, RequestBytes, count_bytes, refused
 from ditrelay.server.problem import cross_site, shorten, strange_host, unauthorized
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, *, key: str) -> None:
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or _is_open(scope) or self._knows_key(scope):
@@ -88,8 +88,11 @@ class ApiKey:
 
     def _knows_key(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
+        if len(given) != 1:
+            return False
+        scheme, _, key = given[0].partition(b" ")  # the scheme's case is free (RFC 9110)
         # In constant time: how long it takes must not tell how much of a guess was right.
-        return len(given) == 1 and hmac.compare_digest(given[0], self._expected)
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._key)
 
 
 def _is_open(scope: Scope) -> bool:
@@ -192,6 +195,8 @@ class BodyLimit:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         received, complete, is_upload = 0, False, scope.get("path") in _UPLOADS
+        counted = RequestBytes(self._held, self._max_total, self._retry_after)
+        count_bytes(scope, counted)
 
         async def receive_limited() -> Message:
             nonlocal received, complete
@@ -199,32 +204,29 @@ class BodyLimit:
                 return await receive()
             message = await self._next(receive)
             if message["type"] == "http.disconnect":
-                raise _refused(499, "the client closed the connection before the end of the body")
+                raise refused(499, "the client closed the connection before the end of the body")
             size = len(message.get("body", b""))
             received += size
-            self._held.nbytes += size
             complete = not message.get("more_body", False)
-            if (refusal := self._refusal(received, is_upload)) is not None:
+            try:
+                self._check_size(received, is_upload)
+                counted.add(size)
+            except HTTPException:
                 if not complete:
                     await self._drain(receive)
-                raise refusal
+                raise
             return message
 
         try:
             await self._app(scope, receive_limited, send)
         finally:
-            self._held.nbytes -= received
+            counted.release()
 
-    def _refusal(self, received: int, is_upload: bool) -> HTTPException | None:
+    def _check_size(self, received: int, is_upload: bool) -> None:
         limit = self._max_upload if is_upload else self._max_bytes
         if received > limit:
             flag = "--max-upload-bytes" if is_upload else "--max-request-bytes"
-            return _refused(413, f"the body is larger than {limit} bytes ({flag})")
-        if self._held.nbytes > self._max_total:
-            seconds = str(self._retry_after())
-            reason = f"requests with {self._max_total} bytes are under way (--max-total-bytes)"
-            return _refused(429, f"{reason}; try again in {seconds} s", {"Retry-After": seconds})
-        return None
+            raise refused(413, f"the body is larger than {limit} bytes ({flag})")
 
     async def _drain(self, receive: Receive) -> None:
         """Read on for a while: a client that is still sending would find its connection reset, not the answer."""
@@ -240,9 +242,4 @@ class BodyLimit:
             async with asyncio.timeout(self._timeout):
                 return await receive()
         except TimeoutError as error:
-            raise _refused(408, f"the rest of the body did not come within {self._timeout:g} s") from error
-
-
-def _refused(status: int, detail: str, headers: Mapping[str, str] | None = None) -> HTTPException:
-    # Closed, because the rest of the body may still be on its way. An HTTPException is what FastAPI lets through here.
-    return HTTPException(status, detail, headers={"Connection": "close", **(headers or {})})
+            raise refused(408, f"the rest of the body did not come within {self._timeout:g} s") from error

@@ -178,17 +178,17 @@ def _unexpected(request: Request, error: Exception) -> ApiError:
 
 def _http_error(request: Request, error: HTTPException) -> ApiError:
     target = f"{request.method} {shorten(request.url.path)}"
+    headers = _allow(request, error) if error.status_code == 405 else dict(error.headers or {})
     message, code = {
         400: ("the body cannot be read as JSON in UTF-8", "invalid_json"),  # FastAPI says it in no other case
         404: (f"{target}: there is nothing at this address; GET / lists what there is", "unknown_url"),
-        405: (f"{target}: this method is not allowed here", "method_not_allowed"),
+        405: (f"{target}: this method is not allowed here; allowed: {headers.get('Allow')}", "method_not_allowed"),
         408: (error.detail, "body_timeout"),
         413: (error.detail, "body_too_large"),
         429: (error.detail, "too_many_bytes"),
         499: (error.detail, "client_closed_request"),
     }.get(error.status_code, (error.detail, None))
     kind = "rate_limit_error" if error.status_code == 429 else INVALID
-    headers = _allow(request, error) if error.status_code == 405 else error.headers
     return ApiError(error.status_code, message, type=kind, code=code, headers=headers)
 
 
@@ -198,6 +198,8 @@ def _allow(request: Request, error: HTTPException) -> dict[str, str]:
     for path, operations in request.app.openapi()["paths"].items():
         if compile_path(path)[0].match(request.url.path):
             methods |= {method.upper() for method in operations}
+    if "GET" in methods:  # the page leaves it out
+        methods.add("HEAD")
     return {"Allow": ", ".join(sorted(methods))}
 
 

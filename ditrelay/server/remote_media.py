@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import math
 import ssl
 from collections.abc import Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ import h11
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.server.addresses import address_of
+from ditrelay.server.problem import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,6 +51,7 @@ class RemoteMedia:
         hosts: ``HOST`` for its default ports, ``HOST:PORT`` for that port; in lower case.
         max_bytes: the largest file.
         timeout: seconds for one file, from the look-up of its host on.
+        max_fetches: files fetched at a time.
         resolve: looks a host up.
         may_reach: whether the server may connect to an address; public ones where it isn't given.
     """
@@ -59,25 +62,41 @@ class RemoteMedia:
         *,
         max_bytes: int,
         timeout: float = 10.0,
+        max_fetches: int = 32,
         resolve: Resolve | None = None,
         may_reach: Callable[[str], bool] | None = None,
     ) -> None:
         self.hosts = tuple(hosts)
         self._max_bytes = max_bytes
         self._timeout = timeout
+        self._max_fetches = max_fetches
+        self._fetches = 0
         self._resolve = resolve or look_up
         self._may_reach = may_reach or is_public
 
-    async def fetch(self, address: str) -> Fetched:
+    async def fetch(self, address: str, *, count: Callable[[int], None]) -> Fetched:
         """The file at ``address``; a redirect is followed where it leads to a host that is allowed, too.
+
+        Args:
+            count: told of bytes as they come; what it raises ends the fetch.
 
         Raises:
             InvalidRequest: naming ``image``: the address is not allowed, or the file could not be had, and why.
+            ApiError: 429; too many are fetched at a time.
         """
+        if self._fetches >= self._max_fetches:
+            raise self._too_many()
+        self._fetches += 1
+        try:
+            return await self._fetch(address, count)
+        finally:
+            self._fetches -= 1
+
+    async def _fetch(self, address: str, count: Callable[[int], None]) -> Fetched:
         try:
             async with asyncio.timeout(self._timeout):
                 for _ in range(1 + _MAX_REDIRECTS):
-                    found = await self._ask(address)
+                    found = await self._ask(address, count)
                     if isinstance(found, Fetched):
                         return found
                     address = found
@@ -87,7 +106,7 @@ class RemoteMedia:
             raise InvalidRequest("image", f"its address could not be read: {error}") from error
         raise InvalidRequest("image", f"its address leads on and on; allowed: {_MAX_REDIRECTS} redirects")
 
-    async def _ask(self, address: str) -> Fetched | str:
+    async def _ask(self, address: str, count: Callable[[int], None]) -> Fetched | str:
         """The file, or the address to ask instead."""
         url, port = self._allowed(address)
         host = url.hostname or ""
@@ -102,7 +121,7 @@ class RemoteMedia:
                 raise InvalidRequest("image", f"its address is wrong: {error}") from error
             writer.write((asked or b"") + (exchange.send(h11.EndOfMessage()) or b""))
             await writer.drain()
-            return await self._answer(exchange, reader, address)
+            return await self._answer(exchange, reader, address, count)
 
     def _allowed(self, address: str) -> tuple[SplitResult, int]:
         try:
@@ -134,7 +153,9 @@ class RemoteMedia:
     def _encryption(self) -> ssl.SSLContext:
         return ssl.create_default_context()
 
-    async def _answer(self, exchange: h11.Connection, reader: asyncio.StreamReader, address: str) -> Fetched | str:
+    async def _answer(
+        self, exchange: h11.Connection, reader: asyncio.StreamReader, address: str, count: Callable[[int], None]
+    ) -> Fetched | str:
         head: h11.Response | None = None
         content = bytearray()
         while True:
@@ -150,6 +171,7 @@ class RemoteMedia:
                 content += event.data
                 if len(content) > self._max_bytes:
                     raise self._too_large()
+                count(len(event.data))
             elif isinstance(event, h11.EndOfMessage):
                 return Fetched(bytes(content), _header(head, b"content-type") if head else None)
             elif not isinstance(event, h11.InformationalResponse):
@@ -162,6 +184,12 @@ class RemoteMedia:
             raise InvalidRequest("image", "its address sends it packed, which was not asked for")
         if int(_header(head, b"content-length") or 0) > self._max_bytes:
             raise self._too_large()
+
+    def _too_many(self) -> ApiError:
+        seconds = math.ceil(self._timeout)  # none of those that are fetched now takes longer
+        message = f"{self._max_fetches} pictures are fetched from their addresses now; try again in {seconds} s"
+        headers = {"Retry-After": str(seconds)}
+        return ApiError(429, message, type="rate_limit_error", code="too_many_fetches", headers=headers)
 
     def _too_large(self) -> InvalidRequest:
         return InvalidRequest("image", f"the file at its address is too large; allowed: {self._max_bytes} bytes")

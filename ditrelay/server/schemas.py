@@ -61,8 +61,8 @@ EventFamily = Literal["image_generation", "image_edit"]
 class ImageGenerationRequest(BaseModel):
     """OpenAI's image generation request, and what it lacks: seed, steps, guidance, negative prompt, height, width.
 
-    ``quality``, ``style`` and ``background`` are taken only at values that ask for nothing which this server does not
-    do. A field set to ``null`` counts as absent.
+    ``quality``, ``style``, ``background`` and ``moderation`` are taken only at values that ask for nothing which this
+    server does not do. A field set to ``null`` counts as absent.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -79,6 +79,7 @@ class ImageGenerationRequest(BaseModel):
     quality: Literal["auto", "standard"] | None = Field(None, description="No effect; see num_inference_steps.")
     style: Literal["natural"] | None = Field(None, description="No effect; prompts are never rewritten.")
     background: Literal["auto", "opaque"] | None = Field(None, description="No effect; pictures are opaque.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="No effect; nothing is moderated.")
     output_format: PictureFormat | None = Field("png", description="Format of the picture's file.")
     output_compression: int | None = Field(
         None, ge=0, le=100, description="Quality of a jpeg or webp file, 0 (smallest file) to 100, the default."
@@ -317,12 +318,33 @@ class RequestCounts(BaseModel):
     cancelled: int
 
 
+class PlacementOption(BaseModel):
+    """A way to place the stages on the ranks, and what it makes at most."""
+
+    name: str
+    requests_per_second: float
+
+
+class PlacementAdvice(BaseModel):
+    """What the newest requests say of the placement: medians of their stages, and the rates that follow."""
+
+    requests: int = Field(description="That the medians are of, at most 200.")
+    encode_seconds: float
+    denoise_seconds: float
+    decode_seconds: float
+    options: list[PlacementOption] = Field(
+        description="The present placement first; none where ranks share the cores of a CPU."
+    )
+    text: str = Field(description="Whether disaggregation pays off here, in words.")
+
+
 class TopologyState(BaseModel):
     """Every rank and edge, as they are now (at most 0.1 s ago)."""
 
     ranks: list[RankState]
     edges: list[EdgeState]
     requests: RequestCounts
+    placement: PlacementAdvice | None = Field(description="Null before three requests are done.")
 
 
 class Error(BaseModel):

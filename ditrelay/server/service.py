@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from ditrelay._version import __version__
 from ditrelay.server import playground
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.model_limits import limits_of
 from ditrelay.server.problem import RESPONSES
+from ditrelay.server.router import Router
 from ditrelay.server.schemas import Health, Model, ModelList, Readiness, TopologyState
 
-router = APIRouter(tags=["service"], responses=RESPONSES)
+router = Router(tags=["service"], responses=RESPONSES)
 
 
 @router.get("/", include_in_schema=False, response_model=None)
@@ -19,20 +20,13 @@ async def index(request: Request, context: ContextDep) -> Response | dict[str, s
     """The playground for browsers; for programs, where to go from here."""
     if playground.is_browser(request.headers):
         return playground.page()
+    paths = request.app.openapi()["paths"]
     return {
         "name": "ditrelay",
         "version": __version__,
         "model": context.model_name,
         "docs": "/docs",
-        "endpoints": [
-            "POST /v1/images/generations",
-            "POST /v1/videos",
-            "GET /v1/models",
-            "GET /v1/topology",
-            "GET /health",
-            "GET /ready",
-            "GET /metrics",
-        ],
+        "endpoints": [f"{method.upper()} {path}" for path, methods in paths.items() for method in methods],
     }
 
 

@@ -89,6 +89,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, sender = Request(scope, receive), _Sender(self, send)
+        if scope["method"] == "HEAD":  # which asks for no event
+            return await sender.end()
         if self._eager:
             await sender.comment("ok")
         beating = asyncio.create_task(sender.beat(self._heartbeat))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,19 +43,23 @@ class Upload:
     media_type: str
 
 
-async def picture_of(source: Upload | PictureReference | str, *, param: str, remote: RemoteMedia | None) -> bytes:
+async def picture_of(
+    source: Upload | PictureReference | str, *, param: str, remote: RemoteMedia | None, count: Callable[[int], None]
+) -> bytes:
     """The bytes of the one picture that ``source`` is or leads to. Nothing is decoded.
 
     Args:
         param: the field, for messages.
         remote: fetches from addresses; ``None``: no address is allowed.
+        count: as ``RemoteMedia.fetch`` has it.
 
     Raises:
         InvalidRequest: it is no picture that is allowed (see ``read_picture``), is declared to be of another type, or
             comes from where none is taken from.
+        ApiError: 429; too many pictures are fetched at a time.
     """
     try:
-        found = source if isinstance(source, Upload) else await _referred(_address(source), remote)
+        found = source if isinstance(source, Upload) else await _referred(_address(source), remote, count)
         _check_declared(found.media_type, read_picture(found.content).kind)
     except InvalidRequest as error:
         raise InvalidRequest(param, error.reason) from error
@@ -65,14 +70,14 @@ def _address(source: PictureReference | str) -> str:
     return source.image_url if isinstance(source, PictureReference) else source
 
 
-async def _referred(address: str, remote: RemoteMedia | None) -> Upload:
+async def _referred(address: str, remote: RemoteMedia | None, count: Callable[[int], None]) -> Upload:
     if match := _DATA_URL.match(address):
         try:
             return Upload(base64.b64decode(address[match.end() :], validate=True), match[1].lower())
         except (binascii.Error, ValueError):
             raise InvalidRequest("image", "its data URL holds no base64; allowed: data:image/png;base64,...") from None
     if remote is not None and _ADDRESS.match(address):
-        fetched = await remote.fetch(address)
+        fetched = await remote.fetch(address, count=count)
         return Upload(fetched.content, (fetched.media_type or "").partition(";")[0].strip().lower())
     others = f"http(s) at {', '.join(remote.hosts)}" if remote else "no other address"
     raise InvalidRequest(

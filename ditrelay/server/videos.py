@@ -6,22 +6,24 @@ import os
 from typing import Annotated, BinaryIO, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import Depends, Header, Query, Request
+from starlette.datastructures import Headers
 from starlette.responses import FileResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.request import SamplingParams
-from ditrelay.server.bodies import Body, page_entry, read_body
+from ditrelay.server.bodies import Body, bytes_of, page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.job_store import Job, JobState
 from ditrelay.server.jobs import Jobs, fingerprint
 from ditrelay.server.live import Live
 from ditrelay.server.problem import RESPONSES, ApiError, not_ready, shorten
+from ditrelay.server.router import Router
 from ditrelay.server.uploads import picture_of
 from ditrelay.server.video_schemas import DeletedVideo, Video, VideoError, VideoList, VideoRequest
 
-router = APIRouter(prefix="/v1", tags=["videos"], responses=RESPONSES)
+router = Router(prefix="/v1", tags=["videos"], responses=RESPONSES)
 
 _QUERY = ("after", "limit", "order")
 
@@ -53,7 +55,7 @@ async def create_video(
     sent = await read_body(request, files=("input_reference",))
     body = sent.checked(VideoRequest)
     context.check_model(body.model)
-    params = body.sampling_params(context.engine.card, await _picture(sent, body, context))
+    params = body.sampling_params(context.engine.card, await _picture(sent, body, request, context))
     mark = fingerprint(params)
     if idempotency_key is not None and (older := await jobs.call(jobs.store.find, idempotency_key)):
         return _repeated(older, mark, jobs)
@@ -144,8 +146,8 @@ async def delete_video(video_id: str, jobs: JobsDep) -> DeletedVideo:
 # ---------------------------------------------------------------- reading a request
 
 
-async def _picture(sent: Body, body: VideoRequest, context: Context) -> bytes | None:
-    """The picture to start from, if there is one. Raises ``InvalidRequest``, ``ApiError`` (400)."""
+async def _picture(sent: Body, body: VideoRequest, request: Request, context: Context) -> bytes | None:
+    """The picture to start from, if there is one. Raises ``InvalidRequest``, ``ApiError``, ``HTTPException`` (429)."""
     files = sent.files.get("input_reference", [])
     source = files[0] if files else body.input_reference
     if source is None:
@@ -154,7 +156,7 @@ async def _picture(sent: Body, body: VideoRequest, context: Context) -> bytes | 
         raise InvalidRequest("input_reference", "this model takes no picture; leave it out")
     if len(files) > 1:
         raise InvalidRequest("input_reference", f"{len(files)} pictures; allowed: one to start from")
-    return await picture_of(source, param="input_reference", remote=context.remote)
+    return await picture_of(source, param="input_reference", remote=context.remote, count=bytes_of(request).add)
 
 
 def _resolved(body: VideoRequest, params: SamplingParams, context: Context) -> SamplingParams:
@@ -171,7 +173,11 @@ def _resolved(body: VideoRequest, params: SamplingParams, context: Context) -> S
 
 def _too_many(context: Context) -> ApiError:
     seconds = context.engine.status().retry_after
-    message = f"{context.engine.args.max_jobs} videos are queued (--max-jobs); try again in {seconds} s"
+    args = context.engine.args
+    allowed = f"{args.max_jobs} videos (--max-jobs)"
+    if context.engine.card.needs_image:
+        allowed += f" with {args.max_output_bytes} bytes of pictures (--max-output-bytes)"
+    message = f"the queue of videos is full; allowed: {allowed}; try again in {seconds} s"
     return ApiError(429, message, type="rate_limit_error", code="queue_full", headers={"Retry-After": str(seconds)})
 
 
@@ -192,8 +198,31 @@ class _OpenFile(FileResponse):
         self._file = file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":  # of which there are no parts (RFC 9110, 14.2)
+            scope = {**scope, "headers": [each for each in scope["headers"] if each[0] != b"range"]}
+        refused = False
+
+        async def send_in_our_form(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] in (400, 416):
+                refused = True
+                await _bad_range(message, int(self.headers["content-length"])).response()(scope, receive, send)
+            elif not refused:  # what follows is Starlette's own text
+                await send(message)
+
         with self._file:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_in_our_form)
+
+
+def _bad_range(refusal: Message, size: int) -> ApiError:
+    answered = Headers(raw=refusal["headers"])
+    return ApiError(
+        refusal["status"],
+        f"Range: the file has {size} bytes; allowed: bytes=FIRST-LAST, counted from 0, or no Range for all of it",
+        param="Range",
+        code="invalid_range",
+        headers={name: answered[name] for name in ("Content-Range",) if name in answered},
+    )
 
 
 async def _find(video_id: str, jobs: Jobs) -> Job:

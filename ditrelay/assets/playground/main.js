@@ -143,7 +143,8 @@ async function watchHealth() {
 
 async function health() {
   try {
-    const { ranks } = await getJson("/v1/topology");
+    const { ranks, placement } = await getJson("/v1/topology");
+    $("placement").textContent = (ranks.length > 1 && placement?.text) || "";
     const lost = lostRanks(ranks);
     const words = [...lost].map(([rank, state]) => `rank ${rank} is ${state}`).join(", ");
     const isWhole = ranks.length > 0 && ranks.every((rank) => rank.state === "up");

@@ -1,0 +1,123 @@
+"""The engine for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ditrelay.engine import Engine
+from ditrelay.runtime.activity import Activity, follow
+from ditrelay.runtime.event_relay import EventRelay
+from ditrelay.runtime.placement import Advice
+from ditrelay.runtime.request import SamplingParams, spread
+from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.status import EngineStatus
+from ditrelay.runtime.tickets import Progress, Result, Ticket, cancelled_on_error
+from ditrelay.runtime.trace import TraceFiles
+
+__all__ = ["AsyncEngine", "AsyncTicket"]
+
+
+class AsyncTicket:
+    """A ``Ticket`` for asyncio."""
+
+    def __init__(self, ticket: Ticket) -> None:
+        self._ticket = ticket
+        self.request_id = ticket.request_id
+        self.params = ticket.params
+
+    async def result(self, timeout: float | None = None) -> Result:
+        """As ``Ticket.result``. Cancelling the awaiting task does not cancel the request; ``cancel`` does."""
+        future = asyncio.wrap_future(self._ticket.future)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), timeout)
+        except TimeoutError:
+            raise TimeoutError(f"request {self.request_id} has not ended within {timeout} s") from None
+
+    async def events(self) -> AsyncIterator[Progress]:
+        """As ``Ticket.events``."""
+        relay = EventRelay(asyncio.get_running_loop())
+        self._ticket.subscribe(relay.put)
+        while True:
+            progress = await relay.news.get()
+            yield progress
+            if progress.state.ended:
+                return
+
+    def cancel(self) -> None:
+        self._ticket.cancel()
+
+
+class AsyncEngine:
+    """The asyncio twin of ``Engine``: same names, and nothing blocks the event loop."""
+
+    def __init__(self, args: ServerArgs) -> None:
+        self._engine = Engine(args)
+        self.args = args
+        self.card = self._engine.card
+        self.topology = self._engine.topology
+
+    async def start(self) -> AsyncEngine:
+        """As ``Engine.start``. Where the awaiting task is cancelled, the engine is closed."""
+        try:
+            await asyncio.to_thread(self._engine.start)
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        return self
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._engine.close)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def submit(self, params: SamplingParams) -> AsyncTicket:
+        return AsyncTicket(self._engine.submit(params))
+
+    async def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images: int | None = None,
+        timeout: float | None = None,
+        **sampling: Any,
+    ) -> Result | list[Result]:
+        """As ``Engine.generate``."""
+        many = not isinstance(prompt, str) or num_images is not None
+        tickets: list[AsyncTicket] = []
+        with cancelled_on_error(tickets):
+            for params in spread(prompt, 1 if num_images is None else num_images, sampling):
+                tickets.append(await self.submit(params))
+            results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
+        return results if many else results[0]
+
+    def activity(self) -> AsyncGenerator[Activity, None]:
+        """What the ranks do, as ``Engine.watch`` tells it, without an end; a slow reader misses some.
+
+        Close it (``contextlib.aclosing``) when it is left.
+        """
+        return follow(self._engine.watch)
+
+    async def write_trace(self, path: str | Path) -> TraceFiles:
+        """As ``Engine.write_trace``."""
+        return await asyncio.to_thread(self._engine.write_trace, path)
+
+    def advice(self) -> Advice | None:
+        """As ``Engine.advice``."""
+        return self._engine.advice()
+
+    @property
+    def ready(self) -> bool:
+        return self._engine.ready
+
+    def status(self) -> EngineStatus:
+        return self._engine.status()

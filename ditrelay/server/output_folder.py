@@ -1,0 +1,67 @@
+"""The folder of finished videos: one server's alone, and each file in it whole or not there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from ditrelay.errors import ConfigError
+from ditrelay.server.job_store import JobStore, lock_file
+
+logger = logging.getLogger(__name__)
+
+_PART = ".part"  # an output that is still written
+
+
+def output_path(folder: Path, job_id: str) -> Path:
+    """Where the job's video is, or will be."""
+    return folder / f"{job_id}.mp4"
+
+
+def write(folder: Path, job_id: str, content: bytes) -> Path:
+    """Write the job's video. Under its own name there is the whole file or none, also after a power cut.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part, path = folder / f"{job_id}{_PART}", output_path(folder, job_id)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # on a full disk it would keep the space that the next one needs
+        raise
+    return path
+
+
+def recover(store: JobStore, folder: Path) -> None:
+    """Take up what the last server has left."""
+    for part in folder.glob(f"*{_PART}"):
+        part.unlink(missing_ok=True)
+    for job in store.interrupted():
+        path = output_path(folder, job.id)
+        if path.exists():  # written whole; only the row was not
+            store.complete(job.id, path.name, path.stat().st_size)
+        else:
+            store.requeue(job.id)
+            logger.info("%s was interrupted and is queued again", job.id)
+
+
+def lock_folder(folder: Path) -> int:
+    """A lock that lasts as long as its descriptor is open. Raises ``ConfigError`` where another process has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return lock_file(folder / ".lock")
+    except BlockingIOError:
+        raise ConfigError("--output-dir", f"{folder} is in use by another server; give each its own") from None
+    except OSError as error:
+        raise ConfigError("--output-dir", f"{folder} cannot be written to: {error.strerror}") from error
+
+
+def sqlite_url(folder: Path) -> str:
+    """The database of jobs where no other is named."""
+    return f"sqlite:///{folder / 'jobs.sqlite'}"
