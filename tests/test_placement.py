@@ -105,6 +105,15 @@ def test_what_does_not_fit_one_gpu_is_said_to_need_disaggregation(total: int, fi
     assert ("not for requests a second" in text) is fits
 
 
+def test_encoders_and_decoders_apart_count_both_beside_the_dit() -> None:
+    topology = built(num_non_dit_ranks=2, num_encoder_ranks=1, num_decoder_ranks=1)
+    ranks = tuple(
+        Heartbeat(rank, 0.0, device_total=30 * GIB, device_peak=peak * GIB) for rank, peak in enumerate((15, 14, 11, 6))
+    )
+    assert "All roles need about 32.0 GiB and a rank has 30.0: disaggregate." in of(topology, ranks=ranks).text
+    assert "GiB" not in of(topology, ranks=ranks[:3]).text, "the decoder's memory is not known"
+
+
 @pytest.mark.parametrize(("cores", "said"), [(2, False), (4, True), (None, True)])
 def test_ranks_that_share_cores_show_nothing(cores: int | None, said: bool) -> None:
     advice = of(built(), cores=cores)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ditrelay.runtime.messages import Heartbeat
 from ditrelay.runtime.metrics import COMPUTE_KINDS, Span
-from ditrelay.runtime.topology import COLOCATED, Topology
+from ditrelay.runtime.topology import COLOCATED, Roles, Topology
 
 LEAST_REQUESTS = 3
 SAME = 0.02  # of a rate: differences below it are called none
@@ -160,10 +160,10 @@ def _verdict(topology: Topology, options: Sequence[Option], ranks: Sequence[Hear
 
 def _memory(topology: Topology, ranks: Sequence[Heartbeat]) -> tuple[int, int]:
     """Bytes that a GPU with all roles would need at most, and the smallest GPU's; zeros where that isn't known."""
-    parts: dict[bool, int] = {}
+    peaks: dict[Roles, int] = {}
     for beat in ranks:
-        denoises = "denoise" in topology.roles_of(beat.rank)
-        parts[denoises] = max(parts.get(denoises, 0), beat.device_peak)
-    if any(topology.roles_of(beat.rank) == COLOCATED for beat in ranks) or len(parts) < 2:
+        roles = topology.roles_of(beat.rank)
+        peaks[roles] = max(peaks.get(roles, 0), beat.device_peak)
+    if COLOCATED in peaks or frozenset().union(*peaks) != COLOCATED:
         return 0, 0
-    return sum(parts.values()), min(beat.device_total for beat in ranks)
+    return sum(peaks.values()), min(beat.device_total for beat in ranks)
