@@ -6,13 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Unpack, overload
 
 from ditrelay.engine import Engine
+from ditrelay.errors import settings_as_fields
 from ditrelay.runtime.activity import Activity, follow
 from ditrelay.runtime.event_relay import EventRelay
 from ditrelay.runtime.placement import Advice
-from ditrelay.runtime.request import SamplingParams, spread
+from ditrelay.runtime.request import Sampling, SamplingParams, spread
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus
 from ditrelay.runtime.tickets import Progress, Result, Ticket, cancelled_on_error
@@ -32,6 +33,7 @@ class AsyncTicket:
     async def result(self, timeout: float | None = None) -> Result:
         """As ``Ticket.result``. Cancelling the awaiting task does not cancel the request; ``cancel`` does."""
         future = asyncio.wrap_future(self._ticket.future)
+        future.add_done_callback(_retrieved)
         try:
             return await asyncio.wait_for(asyncio.shield(future), timeout)
         except TimeoutError:
@@ -51,12 +53,18 @@ class AsyncTicket:
         self._ticket.cancel()
 
 
+def _retrieved(future: asyncio.Future[Result]) -> None:
+    """Nobody may wait for it any more, and asyncio would say that its exception was never retrieved."""
+    if not future.cancelled():
+        future.exception()
+
+
 class AsyncEngine:
     """The asyncio twin of ``Engine``: same names, and nothing blocks the event loop."""
 
-    def __init__(self, args: ServerArgs) -> None:
+    def __init__(self, args: ServerArgs | None = None) -> None:
         self._engine = Engine(args)
-        self.args = args
+        self.args = self._engine.args
         self.card = self._engine.card
         self.topology = self._engine.topology
 
@@ -83,19 +91,42 @@ class AsyncEngine:
     async def submit(self, params: SamplingParams) -> AsyncTicket:
         return AsyncTicket(self._engine.submit(params))
 
+    @overload
+    async def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompt: str, *, timeout: float | None = None, **sampling: Unpack[Sampling]
+    ) -> Result: ...
+    @overload
+    async def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images: int,
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> list[Result]: ...
+    @overload
+    async def generate(
+        self, prompt: Sequence[str], *, timeout: float | None = None, **sampling: Unpack[Sampling]
+    ) -> list[Result]: ...
     async def generate(
         self,
         prompt: str | Sequence[str],
         *,
         num_images: int | None = None,
         timeout: float | None = None,
-        **sampling: Any,
+        **sampling: Unpack[Sampling],
     ) -> Result | list[Result]:
         """As ``Engine.generate``."""
+        with settings_as_fields():
+            return await self._generate(prompt, num_images, timeout, sampling)
+
+    async def _generate(
+        self, prompt: str | Sequence[str], num_images: int | None, timeout: float | None, sampling: Sampling
+    ) -> Result | list[Result]:
         many = not isinstance(prompt, str) or num_images is not None
         tickets: list[AsyncTicket] = []
         with cancelled_on_error(tickets):
-            for params in spread(prompt, 1 if num_images is None else num_images, sampling):
+            for params in spread(prompt, 1 if num_images is None else num_images, **sampling):
                 tickets.append(await self.submit(params))
             results = await asyncio.gather(*(ticket.result(timeout) for ticket in tickets))
         return results if many else results[0]

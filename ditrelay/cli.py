@@ -6,13 +6,14 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from ditrelay._version import __version__
 from ditrelay.cli_flags import BOOLEANS_HELP, REQUEST_FLAGS, SettingsCommand, with_flags
 from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest
+from ditrelay.runtime.request import Sampling
 from ditrelay.runtime.server_args import ServerArgs, server_flags
 from ditrelay.runtime.topology import Topology
 
@@ -43,9 +44,9 @@ def main(argv: Sequence[str] | None = None, *, make_engine: EngineFactory | None
     except InvalidRequest as error:
         return _fail(f"--{error.param.replace('_', '-')}: {error.reason}", EXIT_USAGE)
     except ConfigError as error:
-        return _fail(str(error), EXIT_USAGE)
+        return _fail(error.on_command_line, EXIT_USAGE)
     except DitrelayError as error:
-        return _fail(str(error), EXIT_FAILED)
+        return _fail(error.on_command_line, EXIT_FAILED)
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
 
@@ -113,7 +114,7 @@ def generate(
         prompts=(*(prompts or ()), *read_prompts(prompt_file)),
         num_images=sampling.pop("num_images", 1),
         output=output,
-        sampling=sampling | {"image": read_image(image)},
+        sampling=cast(Sampling, sampling | {"image": read_image(image)}),
     )
     return generate(settings, order, ctx.obj or default_engine).exit_code
 

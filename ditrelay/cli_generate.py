@@ -10,10 +10,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -22,7 +22,7 @@ from ditrelay.cli_report import print_report
 from ditrelay.cli_run import Job, Outcome, Run
 from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest, QueueFull, RequestFailed
 from ditrelay.runtime import logs
-from ditrelay.runtime.request import SamplingParams, spread
+from ditrelay.runtime.request import Sampling, SamplingParams, spread
 from ditrelay.runtime.server_args import ServerArgs
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Order:
     prompts: tuple[str, ...]
     num_images: int = 1
     output: Path | None = None
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 def default_engine(settings: ServerArgs) -> Engine:
@@ -135,7 +135,7 @@ def _expand(order: Order) -> list[SamplingParams]:
     """The requests: every prompt ``num_images`` times, with consecutive seeds where there is one."""
     if not order.prompts:
         raise ConfigError("PROMPT", "there is none; give one or more prompts, or --prompt-file")
-    return spread(order.prompts, order.num_images, dict(order.sampling))
+    return spread(order.prompts, order.num_images, **order.sampling)
 
 
 def _resolve(card: ModelCard, params: list[SamplingParams]) -> list[SamplingParams]:

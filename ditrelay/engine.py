@@ -12,11 +12,11 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Unpack, overload
 
 from PIL import Image
 
-from ditrelay.errors import ConfigError, EngineClosed, RequestFailed, StartupError
+from ditrelay.errors import ConfigError, EngineClosed, RequestFailed, StartupError, settings_as_fields
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import preload
 from ditrelay.runtime.activity import Watcher
@@ -25,7 +25,7 @@ from ditrelay.runtime.launcher import LocalLauncher, no_interrupts, resolve_devi
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
 from ditrelay.runtime.placement import Advice, advise, measured
-from ditrelay.runtime.request import Request, SamplingParams, spread
+from ditrelay.runtime.request import Request, Sampling, SamplingParams, spread
 from ditrelay.runtime.request_log import RequestLog
 from ditrelay.runtime.run_dir import check_parent
 from ditrelay.runtime.server_args import ServerArgs
@@ -51,6 +51,9 @@ class Engine:
 
     The constructor checks the settings and the model folder and starts nothing; ``start`` (or ``with``) does.
 
+    Args:
+        args: the settings; without them one rank draws with the built-in model.
+
     Attributes:
         trace_files: the timeline that ``close`` has written, where ``args.trace`` asks for one.
 
@@ -63,8 +66,9 @@ class Engine:
             engine.generate("a red apple").save("apple.png")
     """
 
-    def __init__(self, args: ServerArgs) -> None:
-        self.args = args
+    @settings_as_fields()
+    def __init__(self, args: ServerArgs | None = None) -> None:
+        self.args = args = args or ServerArgs()
         self.card: ModelCard = load_card(args.model_path, args.load_format)
         self.topology = Topology.build(args)
         check_parallel(
@@ -88,6 +92,7 @@ class Engine:
 
     # ------------------------------------------------------------ life
 
+    @settings_as_fields()
     def start(self) -> Engine:
         """Start the workers; returns when every rank is up (and, with ``args.warmup``, has done a first request).
 
@@ -201,20 +206,30 @@ class Engine:
             self._controller.post(CancelRequest(request_id))
 
     @overload
-    def generate(self, prompt: str, *, timeout: float | None = None, **sampling: Any) -> Result: ...
+    def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too
+        self, prompt: str, *, timeout: float | None = None, **sampling: Unpack[Sampling]
+    ) -> Result: ...
     @overload
     def generate(
-        self, prompt: str | Sequence[str], *, num_images: int, timeout: float | None = None, **sampling: Any
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images: int,
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
     ) -> list[Result]: ...
     @overload
-    def generate(self, prompt: Sequence[str], *, timeout: float | None = None, **sampling: Any) -> list[Result]: ...
+    def generate(
+        self, prompt: Sequence[str], *, timeout: float | None = None, **sampling: Unpack[Sampling]
+    ) -> list[Result]: ...
+    @settings_as_fields()
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
         num_images: int | None = None,
         timeout: float | None = None,
-        **sampling: Any,
+        **sampling: Unpack[Sampling],
     ) -> Result | list[Result]:
         """Draw and wait. One prompt gives one ``Result``; several prompts or a ``num_images`` give a list, in order.
 
@@ -226,7 +241,7 @@ class Engine:
         many = not isinstance(prompt, str) or num_images is not None
         tickets: list[Ticket] = []
         with cancelled_on_error(tickets):
-            for params in spread(prompt, 1 if num_images is None else num_images, sampling):
+            for params in spread(prompt, 1 if num_images is None else num_images, **sampling):
                 tickets.append(self.submit(params))
             results = [ticket.result(timeout) for ticket in tickets]
         return results if many else results[0]

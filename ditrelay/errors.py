@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Iterator
+
+_FLAG = re.compile(r"--(no-)?([a-z][a-z0-9-]*[a-z0-9])")
+
 
 class DitrelayError(Exception):
-    """Root of every error that ditrelay raises on purpose."""
+    """Root of every error that ditrelay raises on purpose.
+
+    A message names settings as the command line does (``--sp-degree``). One that leaves the Python API names them as
+    Python does (``sp_degree``): see ``settings_as_fields``.
+    """
+
+    _as_fields = False
+
+    @property
+    def on_command_line(self) -> str:
+        """The message with settings as flags, wherever the error was raised."""
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return fields_of_flags(self.on_command_line) if self._as_fields else self.on_command_line
+
+
+def fields_of_flags(text: str) -> str:
+    """``"--sp-degree: ...; or --no-warmup"`` -> ``"sp_degree: ...; or warmup=False"``."""
+    return _FLAG.sub(lambda m: m[2].replace("-", "_") + ("=False" if m[1] else ""), text)
+
+
+@contextlib.contextmanager
+def settings_as_fields() -> Iterator[None]:
+    """What is raised inside goes to a Python caller: its message names the fields of ``ServerArgs``, not flags."""
+    try:
+        yield
+    except DitrelayError as error:
+        error._as_fields = True
+        raise
 
 
 class ConfigError(DitrelayError):

@@ -91,15 +91,15 @@ def test_timings_add_up_to_the_total(engine: Engine) -> None:
 
 
 def test_one_seed_is_spread_over_several_pictures() -> None:
-    made = spread(["a", "b"], 2, {"seed": 5})
+    made = spread(["a", "b"], 2, seed=5)
     assert [(p.prompt, p.seed) for p in made] == [("a", 5), ("a", 6), ("b", 7), ("b", 8)]
-    assert {p.seed for p in spread("a", 3, {})} == {None}
+    assert {p.seed for p in spread("a", 3)} == {None}
 
 
 @pytest.mark.parametrize("number", [0, -1])
 def test_no_pictures_at_all_are_refused(number: int) -> None:
     with pytest.raises(InvalidRequest, match="num_images: .* allowed: 1 or more"):
-        spread("a", number, {})
+        spread("a", number)
 
 
 def test_a_seed_that_is_not_given_is_drawn_and_told(engine: Engine) -> None:

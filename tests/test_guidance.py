@@ -54,5 +54,5 @@ def test_a_cancel_at_any_step_leaves_both_ranks_ready_for_the_next_request(branc
 
 
 def test_a_degree_that_the_ranks_do_not_fill_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--cfg-parallel-degree.*needs 2 DiT ranks and there are 1"):
+    with pytest.raises(ConfigError, match="cfg_parallel_degree.*needs 2 DiT ranks and there are 1"):
         settings(cfg_parallel_degree=2)

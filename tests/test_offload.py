@@ -144,6 +144,6 @@ def test_offload_works_with_async_disaggregation() -> None:
 
 
 def test_an_offloaded_transformer_with_tensor_parallelism_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--dit-cpu-offload.*--tp-size 2"):
+    with pytest.raises(ConfigError, match="dit_cpu_offload.*tp_size 2"):
         ServerArgs(num_gpus=2, tp_size=2, dit_cpu_offload=True)
     assert ServerArgs(num_gpus=2, sp_degree=2, dit_cpu_offload=True).offload == {"dit"}

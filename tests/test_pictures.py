@@ -155,7 +155,7 @@ def test_a_clip_comes_out_as_an_mp4(tiny: Callable[[str], str]) -> None:
 
 
 def test_a_family_without_a_parallel_plan_is_refused_naming_those_that_have_one() -> None:
-    with pytest.raises(ConfigError, match=r"--sp-degree.*flux.*qwen-image.*wan"):
+    with pytest.raises(ConfigError, match=r"sp_degree.*flux.*qwen-image.*wan"):
         Engine(emoji(enable_disagg=True, num_gpus=4, sp_degree=2))
 
 

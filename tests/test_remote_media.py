@@ -369,7 +369,7 @@ def test_an_allowed_name_that_means_this_machine_is_refused_by_the_server() -> N
 
 @pytest.mark.parametrize("hosts", ["http://a.test", "a.test/x", "a test", "[::1]", "*.a.test"])
 def test_a_setting_that_names_no_host_is_refused(hosts: str) -> None:
-    with pytest.raises(ConfigError, match="--allow-remote-media"):
+    with pytest.raises(ConfigError, match="allow_remote_media"):
         ServerArgs(allow_remote_media=hosts)
 
 

@@ -149,7 +149,7 @@ def test_elsewhere_and_with_a_key_a_server_has_whatever_name_its_owner_gives_it(
 
 @pytest.mark.parametrize("blank", ["", "  "])
 def test_a_blank_key_does_not_leave_the_server_open(monkeypatch, blank):
-    with pytest.raises(ConfigError, match="--api-key"):
+    with pytest.raises(ConfigError, match="api_key"):
         ServerArgs(api_key=blank)
     monkeypatch.setenv("DITRELAY_API_KEY", blank)
     with pytest.raises(ConfigError, match="DITRELAY_API_KEY: it is set and empty"):
@@ -190,5 +190,5 @@ def test_bodies_that_are_too_much_together_are_429_until_one_is_answered():
 
 
 def test_the_total_must_hold_one_request():
-    with pytest.raises(ConfigError, match="--max-total-bytes"):
+    with pytest.raises(ConfigError, match="max_total_bytes"):
         ServerArgs(max_request_bytes=2000, max_total_bytes=1999)

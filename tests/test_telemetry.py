@@ -175,7 +175,7 @@ def test_a_full_queue_loses_traces_and_never_waits() -> None:
 
 def test_an_address_without_the_packages_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigError, match=r"--otlp-endpoint: .*pip install 'ditrelay\[otel\]'"):
+    with pytest.raises(ConfigError, match=r"otlp_endpoint: .*pip install 'ditrelay\[otel\]'"):
         Engine(ServerArgs(model_path=MODEL, otlp_endpoint="http://localhost:4318"))
     Engine(ServerArgs(model_path=MODEL))  # without an address nothing of them is needed
 

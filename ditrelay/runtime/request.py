@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import Any, Literal
+from numbers import Integral
+from typing import Literal, TypedDict, Unpack
 
 import msgspec
+from msgspec.structs import replace
 
 from ditrelay.errors import InvalidRequest
 
@@ -46,6 +48,32 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     output_compression: int | None = None
     previews: int = 0
 
+    def __repr__(self) -> str:
+        """What was given, a picture by its size: its bytes would fill a terminal or a log."""
+        values = [(name, getattr(self, name)) for name in self.__struct_fields__]
+        return f"SamplingParams({', '.join(f'{name}={_shown(value)}' for name, value in values if value is not None)})"
+
+
+def _shown(value: object) -> str:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else repr(value)
+
+
+class Sampling(TypedDict, total=False):
+    """The fields of ``SamplingParams`` besides the prompt, as keywords of ``Engine.generate``."""
+
+    negative_prompt: str | None
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    seed: int | None
+    image: bytes | None
+    strength: float | None
+    output_format: PictureFormat | None
+    output_compression: int | None
+    previews: int
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """An accepted request: resolved parameters (no ``None`` where the model has a default) under a unique id."""
@@ -54,19 +82,26 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
 
 
-def spread(prompt: str | Sequence[str], num_images: int, sampling: dict[str, Any]) -> list[SamplingParams]:
+def spread(prompt: str | Sequence[str], num_images: int, **sampling: Unpack[Sampling]) -> list[SamplingParams]:
     """``num_images`` parameter sets for each prompt; with one seed given, number i gets seed + i.
 
     Raises:
-        InvalidRequest: that would be none.
+        InvalidRequest: that would be none, or the prompt is neither a text nor several.
     """
-    if num_images < 1:
-        raise InvalidRequest("num_images", f"{num_images} is not allowed; allowed: 1 or more")
+    if not isinstance(num_images, int) or isinstance(num_images, bool) or num_images < 1:
+        raise InvalidRequest("num_images", f"{num_images!r} is not allowed; allowed: 1 or more")
+    if not isinstance(prompt, Sequence):
+        reason = f"a {type(prompt).__name__} is not allowed; allowed: a text (str), or a list of texts"
+        raise InvalidRequest("prompt", reason)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     texts = [text for text in prompts for _ in range(num_images)]
-    seed = sampling.pop("seed", None)
-    seeds = [None if seed is None else seed + i for i in range(len(texts))]
-    return [SamplingParams(prompt=text, seed=s, **sampling) for text, s in zip(texts, seeds, strict=True)]
+    first = SamplingParams(prompt="", **sampling)
+    return [replace(first, prompt=text, seed=_seed(first.seed, i)) for i, text in enumerate(texts)]
+
+
+def _seed(first: object, index: int) -> object:
+    """What is no number is refused like every wrong value, when the defaults are filled in."""
+    return int(first) + index if isinstance(first, Integral) and not isinstance(first, bool) else first
 
 
 class RequestState(enum.StrEnum):

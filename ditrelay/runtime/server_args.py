@@ -10,7 +10,7 @@ import typing
 from dataclasses import dataclass
 from functools import cache
 
-from ditrelay.errors import ConfigError
+from ditrelay.errors import ConfigError, settings_as_fields
 from ditrelay.runtime.degrees import check_group, split_sequence
 from ditrelay.runtime.flags import Flag, as_flag, flag, seconds
 
@@ -27,7 +27,7 @@ class ServerArgs:
     """The settings of one server or engine, checked on construction.
 
     Raises:
-        ConfigError: a value is wrong; names the flag and what is allowed.
+        ConfigError: a value is wrong; names the field and what is allowed.
     """
 
     model_path: str = flag(
@@ -208,6 +208,7 @@ class ServerArgs:
     startup_timeout: float = seconds(600.0, "For the workers to start and load the model.")
     drain_timeout: float = seconds(30.0, "After the first SIGTERM, for the requests that run to end.")
 
+    @settings_as_fields()
     def __post_init__(self) -> None:
         for each in server_flags():
             object.__setattr__(self, each.name, each.check(getattr(self, each.name)))

@@ -6,18 +6,26 @@ import contextlib
 import io
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from PIL import Image
 
+from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.metrics import Timings
-from ditrelay.runtime.request import Request, RequestState, SamplingParams
+from ditrelay.runtime.pipelines_core.media import encode_picture
+from ditrelay.runtime.request import PictureFormat, Request, RequestState, SamplingParams
 
 logger = logging.getLogger(__name__)
+
+PICTURE_SUFFIXES: Mapping[str, PictureFormat] = MappingProxyType(
+    {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +43,7 @@ class Progress:
     preview: bytes | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """A finished picture or clip.
 
@@ -62,16 +70,62 @@ class Result:
     @property
     def image(self) -> Image.Image:
         """The picture, decoded. Raises ``ValueError`` for a clip."""
-        if not self.media_type.startswith("image/"):
+        if self._is_clip:
             raise ValueError(f"request {self.request_id} made a clip ({self.media_type}); use .media or .save()")
         return Image.open(io.BytesIO(self.media))
 
     def save(self, path: str | Path) -> Path:
-        """Write the file as it is (no re-encoding); makes missing folders. Returns the path."""
+        """Write the file; makes missing folders. Returns the path.
+
+        The file is written as it is, where ``path`` has its suffix or none; a picture becomes a PNG, JPEG or WebP file
+        where the suffix is of another of these formats (``output_format`` saves that work).
+
+        Raises:
+            InvalidRequest: the suffix is of a format that the result can't have.
+        """
         path = Path(path)
+        media = self._as(path.suffix.lower())
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(self.media)
+        path.write_bytes(media)
         return path
+
+    def _as(self, suffix: str) -> bytes:
+        if not suffix or suffix in self._suffixes:
+            return self.media
+        if self._is_clip or suffix not in PICTURE_SUFFIXES:
+            allowed = self._suffixes if self._is_clip else PICTURE_SUFFIXES
+            raise InvalidRequest("path", f"a {self.media_type} has no suffix {suffix}; allowed: {', '.join(allowed)}")
+        return encode_picture(self.image, PICTURE_SUFFIXES[suffix])
+
+    @property
+    def _is_clip(self) -> bool:
+        return not self.media_type.startswith("image/")
+
+    @property
+    def _suffixes(self) -> tuple[str, ...]:
+        """Those of the file as it is."""
+        kind = self.media_type.partition("/")[2]
+        return (".mp4",) if self._is_clip else tuple(s for s, name in PICTURE_SUFFIXES.items() if name == kind)
+
+    def __repr__(self) -> str:
+        what = f"{self.width}x{self.height}" + (f", {self.num_frames} frames" if self.num_frames > 1 else "")
+        return (
+            f"<Result {self.request_id}: {self.media_type}, {what}, {len(self.media)} bytes, seed {self.params.seed}, "
+            f"{self.timings.total:.2f} s>"
+        )
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows of a picture."""
+        if self._is_clip:
+            return None
+        return self.media if self.media_type == "image/png" else encode_picture(self.image, "png")
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows of a clip."""
+        if not self._is_clip:
+            return None
+        data = b64encode(self.media).decode()
+        return f'<video controls loop muted autoplay src="data:{self.media_type};base64,{data}"></video>'
 
 
 class Ticket:

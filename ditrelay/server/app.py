@@ -93,9 +93,10 @@ def _lifespan(
         context.started = error is None
         if error is None or context.closing:  # a start that the end of the server cut short has not failed
             return
-        logger.error(
-            "the engine did not start: %s", error, exc_info=None if isinstance(error, DitrelayError) else error
-        )
+        if isinstance(error, DitrelayError):
+            logger.error("the engine did not start: %s", error.on_command_line)
+        else:
+            logger.error("the engine did not start: %s", error, exc_info=error)
         if on_failed_start is not None:
             on_failed_start(error)
 
@@ -125,7 +126,7 @@ def serve(args: ServerArgs) -> int:
         with closing(listen(args.host, args.port)) as listener:
             return asyncio.run(_serve(args, listener))
     except ConfigError as error:
-        logger.error("%s", error)
+        logger.error("%s", error.on_command_line)
         return 2
 
 

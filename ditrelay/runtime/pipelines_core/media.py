@@ -46,7 +46,7 @@ def encode_media(frames: Frames, *, fps: int = 0, kind: PictureFormat = "png", q
     if fps:
         return encode_clip([frames], fps)
     num_frames, height, width, _ = frames.shape
-    return Media(_picture(frames, kind, quality), f"image/{kind}", width, height, num_frames)
+    return Media(encode_picture(Image.fromarray(frames[0]), kind, quality), f"image/{kind}", width, height, num_frames)
 
 
 def encode_clip(parts: Iterable[Frames], fps: int) -> Media:
@@ -74,8 +74,9 @@ def encode_clip(parts: Iterable[Frames], fps: int) -> Media:
     return Media(buffer.getvalue(), "video/mp4", width, height, num_frames)
 
 
-def _picture(frames: Frames, kind: PictureFormat, quality: int) -> bytes:
-    buffer, image = io.BytesIO(), Image.fromarray(frames[0])
+def encode_picture(image: Image.Image, kind: PictureFormat, quality: int = 100) -> bytes:
+    """The file of an RGB picture, in the format and quality that ``encode_media`` describes."""
+    buffer = io.BytesIO()
     match kind:
         case "png":
             image.save(buffer, "PNG", compress_level=PNG_LEVEL)
