@@ -7,11 +7,11 @@ import asyncio
 import pytest
 from starlette.exceptions import HTTPException
 
-from ditrelay.server.middleware import BodyLimit
+from ditrelay.server.body_limit import BodyLimit, BodyRules
 
 
 def read_through(limit: BodyLimit, receive) -> None:
-    asyncio.run(asyncio.wait_for(limit({"type": "http"}, receive, None), 5))
+    asyncio.run(asyncio.wait_for(limit({"type": "http", "headers": []}, receive, None), 5))
 
 
 async def read_to_end(scope, receive, send) -> None:
@@ -25,7 +25,7 @@ def test_a_body_of_just_the_limit_passes():
     async def receive():
         return {"type": "http.request", "body": parts.pop(), "more_body": bool(parts)}
 
-    read_through(BodyLimit(read_to_end, max_bytes=10), receive)
+    read_through(BodyLimit(read_to_end, rules=BodyRules(max_bytes=10)), receive)
     assert not parts
 
 
@@ -36,7 +36,7 @@ def test_a_body_too_large_is_read_to_its_end_before_it_is_refused():
         return {"type": "http.request", "body": parts.pop(), "more_body": bool(parts)}
 
     with pytest.raises(HTTPException, match="413: the body is larger than 10 bytes"):
-        read_through(BodyLimit(read_to_end, max_bytes=10), receive)
+        read_through(BodyLimit(read_to_end, rules=BodyRules(max_bytes=10)), receive)
     assert not parts
 
 
@@ -53,7 +53,7 @@ def test_a_body_that_stops_coming_is_408():
         await asyncio.Event().wait()
 
     with pytest.raises(HTTPException, match=r"408: .* did not come within 0.01 s"):
-        read_through(BodyLimit(read_to_end, timeout=0.01), receive)
+        read_through(BodyLimit(read_to_end, rules=BodyRules(timeout=0.01)), receive)
 
 
 def test_waiting_for_the_disconnect_is_not_limited():
@@ -68,5 +68,5 @@ def test_waiting_for_the_disconnect_is_not_limited():
             await asyncio.sleep(0.05)
         return messages.pop(0)
 
-    read_through(BodyLimit(application, timeout=0.01), receive)
+    read_through(BodyLimit(application, rules=BodyRules(timeout=0.01)), receive)
     assert not messages

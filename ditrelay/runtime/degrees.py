@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from ditrelay.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ditrelay.runtime.server_args import ServerArgs
 
 
 def split_sequence(sp_degree: int, ulysses: int | None, ring: int | None) -> tuple[int, int]:
@@ -51,3 +55,44 @@ def check_group(*, sp: int, tp: int, cfg: int, ranks: int) -> None:
         f"sp-degree {sp} x tp-size {tp}{with_cfg} needs {group} DiT ranks and there are {ranks}; "
         f"allowed: a product of at most {ranks}, or a larger --num-gpus",
     )
+
+
+def check_ranks(args: ServerArgs) -> tuple[int, int]:
+    """(Ulysses degree, ring degree) of a replica. Raises ``ConfigError`` where the ranks can't be placed as asked."""
+    if args.enable_disagg:
+        _check_disagg(args)
+    split = args.sequence_split
+    check_group(sp=math.prod(split), tp=args.tp_size, cfg=args.cfg_parallel_degree, ranks=args.num_dit_ranks)
+    if args.dit_cpu_offload and args.tp_size > 1:
+        raise ConfigError("--dit-cpu-offload", f"can't be combined with --tp-size {args.tp_size}; allowed: --tp-size 1")
+    return split
+
+
+def _check_disagg(args: ServerArgs) -> None:
+    if args.num_gpus < 2:
+        raise ConfigError("--num-gpus", f"{args.num_gpus} is too few for --enable-disagg; allowed: 2 or more")
+    if args.num_non_dit_ranks >= args.num_gpus:
+        raise ConfigError(
+            "--num-non-dit-ranks",
+            f"{args.num_non_dit_ranks} leaves no DiT rank of {args.num_gpus}; allowed: 1 to {args.num_gpus - 1}",
+        )
+    _check_split(args)
+
+
+def _check_split(args: ServerArgs) -> None:
+    encoders, decoders, total = args.num_encoder_ranks, args.num_decoder_ranks, args.num_non_dit_ranks
+    if encoders is not None and decoders is not None:
+        if encoders + decoders != total:
+            raise ConfigError(
+                "--num-non-dit-ranks",
+                f"{total} is not the sum of --num-encoder-ranks {encoders} and --num-decoder-ranks {decoders}; "
+                f"allowed: {encoders + decoders}",
+            )
+        return
+    for option, given, other in (
+        ("--num-encoder-ranks", encoders, "decoder"),
+        ("--num-decoder-ranks", decoders, "encoder"),
+    ):
+        if given is not None and given >= total:
+            allowed = f"1 to {total - 1}" if total > 1 else "none here; raise --num-non-dit-ranks to 2 or more"
+            raise ConfigError(option, f"{given} of {total} non-DiT ranks leaves no {other} rank; allowed: {allowed}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from ditrelay.errors import ConfigError, settings_as_fields
-from ditrelay.runtime.degrees import check_group, split_sequence
+from ditrelay.runtime.degrees import check_ranks, split_sequence
 from ditrelay.runtime.flags import Flag, as_flag, flag, seconds
 
 API_KEY_VARIABLE = "DITRELAY_API_KEY"
@@ -188,6 +188,32 @@ class ServerArgs:
         metavar="BYTES",
         is_bytes=True,
     )
+    max_json_bytes: int = flag(
+        512 << 10,
+        "Limits",
+        "Bytes of a JSON body outside of its strings; a list or an object counts for 32.",
+        minimum=1,
+        metavar="BYTES",
+        is_bytes=True,
+    )
+    max_client_bytes: int | None = flag(
+        None,
+        "Limits",
+        "Of --max-total-bytes, the share of one client address; three quarters where it isn't given.",
+        minimum=1,
+        metavar="BYTES",
+        is_bytes=True,
+    )
+    min_body_rate: int = flag(
+        4 << 10,
+        "Limits",
+        "Bytes a second at which a body must come. One that has lagged behind for --body-timeout is refused; for two "
+        "seconds, where others need its place.",
+        minimum=1,
+        metavar="BYTES",
+        is_bytes=True,
+    )
+    body_timeout: float = seconds(30.0, "For a body to stand still, or to lag behind --min-body-rate.")
     max_attempts: int = flag(
         3, "Limits", "Times a request is tried when its worker dies or its transfer fails.", minimum=1
     )
@@ -212,7 +238,8 @@ class ServerArgs:
     def __post_init__(self) -> None:
         for each in server_flags():
             object.__setattr__(self, each.name, each.check(getattr(self, each.name)))
-        self._check_ranks()
+        # Given by the other two, it is their product from here on.
+        object.__setattr__(self, "sp_degree", math.prod(check_ranks(self)))
         for host in self.media_hosts:
             if not _HOST.fullmatch(host):
                 reason = f"{host!r} is no host; allowed: a.example, a.example:8080, several with commas"
@@ -222,47 +249,6 @@ class ServerArgs:
                 "--max-total-bytes",
                 f"{self.max_total_bytes} is less than --max-request-bytes; allowed: at least {self.max_request_bytes}",
             )
-
-    def _check_ranks(self) -> None:
-        if self.enable_disagg:
-            self._check_disagg()
-        # Given by the other two, it is their product from here on.
-        object.__setattr__(self, "sp_degree", math.prod(self.sequence_split))
-        check_group(sp=self.sp_degree, tp=self.tp_size, cfg=self.cfg_parallel_degree, ranks=self.num_dit_ranks)
-        if self.dit_cpu_offload and self.tp_size > 1:
-            raise ConfigError(
-                "--dit-cpu-offload", f"can't be combined with --tp-size {self.tp_size}; allowed: --tp-size 1"
-            )
-
-    def _check_disagg(self) -> None:
-        if self.num_gpus < 2:
-            raise ConfigError("--num-gpus", f"{self.num_gpus} is too few for --enable-disagg; allowed: 2 or more")
-        if self.num_non_dit_ranks >= self.num_gpus:
-            raise ConfigError(
-                "--num-non-dit-ranks",
-                f"{self.num_non_dit_ranks} leaves no DiT rank of {self.num_gpus}; allowed: 1 to {self.num_gpus - 1}",
-            )
-        self._check_split()
-
-    def _check_split(self) -> None:
-        encoders, decoders, total = self.num_encoder_ranks, self.num_decoder_ranks, self.num_non_dit_ranks
-        if encoders is not None and decoders is not None:
-            if encoders + decoders != total:
-                raise ConfigError(
-                    "--num-non-dit-ranks",
-                    f"{total} is not the sum of --num-encoder-ranks {encoders} and --num-decoder-ranks {decoders}; "
-                    f"allowed: {encoders + decoders}",
-                )
-            return
-        for option, given, other in (
-            ("--num-encoder-ranks", encoders, "decoder"),
-            ("--num-decoder-ranks", decoders, "encoder"),
-        ):
-            if given is not None and given >= total:
-                allowed = f"1 to {total - 1}" if total > 1 else "none here; raise --num-non-dit-ranks to 2 or more"
-                raise ConfigError(
-                    option, f"{given} of {total} non-DiT ranks leaves no {other} rank; allowed: {allowed}"
-                )
 
     @property
     def model_name(self) -> str:
@@ -294,6 +280,16 @@ class ServerArgs:
             name = "--otlp-endpoint" if self.otlp_endpoint else OTLP_TRACES_VARIABLE if exact else OTLP_VARIABLE
             raise ConfigError(name, f"{base or exact!r} is no address; allowed: http://HOST:PORT, https://HOST:PORT")
         return url
+
+    @property
+    def largest_body(self) -> int:
+        """Bytes of one request's body, wherever it goes: ``max_upload_bytes`` where all can hold it."""
+        return max(self.max_request_bytes, min(self.max_upload_bytes, self.max_total_bytes))
+
+    @property
+    def client_share(self) -> int:
+        """``max_client_bytes``, or what it is where it isn't given; one body always fits."""
+        return max(self.max_client_bytes or self.max_total_bytes * 3 // 4, self.largest_body)
 
     @property
     def media_hosts(self) -> tuple[str, ...]:

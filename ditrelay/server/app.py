@@ -20,8 +20,9 @@ from ditrelay._version import __version__
 from ditrelay.errors import ConfigError, DitrelayError
 from ditrelay.runtime import logs
 from ditrelay.server import activity, edits, images, job_events, metrics, playground, problem, service, videos
+from ditrelay.server.body_limit import BodyLimit, BodyRules
 from ditrelay.server.context import Context
-from ditrelay.server.middleware import AccessLog, ApiKey, BodyLimit, CallersTrace, OwnPages
+from ditrelay.server.middleware import AccessLog, ApiKey, CallersTrace, OwnPages
 
 if TYPE_CHECKING:
     from ditrelay.async_engine import AsyncEngine
@@ -72,11 +73,9 @@ def _middleware(context: Context) -> list[Middleware]:
     key = args.client_key()
     limit = Middleware(
         BodyLimit,
-        max_bytes=args.max_request_bytes,
-        max_upload=max(args.max_request_bytes, min(args.max_upload_bytes, args.max_total_bytes)),
-        max_total=args.max_total_bytes,
-        retry_after=lambda: context.engine.status().retry_after,
+        rules=BodyRules.of(args),
         held=context.held,
+        retry_after=lambda: context.engine.status().retry_after,
     )
     traced = [Middleware(CallersTrace)] if args.traces_url() else []
     guard = Middleware(ApiKey, key=key) if key else Middleware(OwnPages)

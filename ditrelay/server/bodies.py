@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
-from starlette.types import Scope
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from ditrelay.server.problem import ApiError, shorten
 from ditrelay.server.schemas import MAX_FIELDS, too_many_fields
@@ -27,73 +26,6 @@ _CHARSETS = frozenset({b"utf-8", b"utf8", b"us-ascii"})
 _NO_LIMIT = sys.maxsize  # of one field: that of the whole body is enough
 
 Schema = TypeVar("Schema", bound=BaseModel)
-
-
-@dataclass
-class HeldBytes:
-    """Bytes of clients that are in memory: bodies of requests that are not answered yet, pictures fetched for them, and
-    pictures to start from where nobody waits for the answer. Belongs to the event loop's thread."""
-
-    nbytes: int = 0
-
-    @contextmanager
-    def holding(self, nbytes: int) -> Iterator[None]:
-        """Around the time for which ``nbytes`` more are held."""
-        self.nbytes += nbytes
-        try:
-            yield
-        finally:
-            self.nbytes -= nbytes
-
-
-@dataclass
-class RequestBytes:
-    """What one request has brought into memory: its body, and the pictures fetched for it.
-
-    Args:
-        held: counts what all have.
-        max_total: what all may have.
-        retry_after: seconds after which a client that is turned away should come back.
-    """
-
-    held: HeldBytes
-    max_total: int
-    retry_after: Callable[[], int]
-    nbytes: int = 0
-
-    def add(self, nbytes: int) -> None:
-        """Count ``nbytes`` more. Raises ``HTTPException`` (429) where all have too much."""
-        self.nbytes += nbytes
-        self.held.nbytes += nbytes
-        if self.held.nbytes > self.max_total:
-            seconds = str(self.retry_after())
-            reason = f"requests with {self.max_total} bytes are under way (--max-total-bytes)"
-            raise refused(429, f"{reason}; try again in {seconds} s", {"Retry-After": seconds})
-
-    def release(self) -> None:
-        """The request has ended."""
-        self.held.nbytes -= self.nbytes
-        self.nbytes = 0
-
-
-_BYTES = "ditrelay.bytes"  # in the scope of a request
-
-
-def count_bytes(scope: Scope, counted: RequestBytes) -> None:
-    """Let the routes find ``counted``."""
-    scope[_BYTES] = counted
-
-
-def bytes_of(request: Request) -> RequestBytes:
-    """What ``request`` has brought into memory."""
-    counted: RequestBytes = request.scope[_BYTES]
-    return counted
-
-
-def refused(status: int, detail: str, headers: Mapping[str, str] | None = None) -> HTTPException:
-    """Turns a request away whose body may still be on its way, so its connection is closed."""
-    # An HTTPException is what FastAPI lets through while it reads a body.
-    return HTTPException(status, detail, headers={"Connection": "close", **(headers or {})})
 
 
 @dataclass(frozen=True)
@@ -135,11 +67,11 @@ async def read_body(request: Request, *, files: Collection[str]) -> Body:
         files: the fields that may be files of a form.
 
     Raises:
-        ApiError: 400; it is neither JSON nor a form, or has a file where none is expected.
+        ApiError: 400; it is neither JSON nor a form, or has a file where none is expected. 413; its text is too large.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == FORM:
-        return await _read_form(request, files)
+        return _checked_text(await _read_form(request, files), request, files)
     if kind != "application/json":
         raise ApiError(400, f"Content-Type: must be application/json or {FORM}", code="invalid_content_type")
     try:
@@ -148,7 +80,17 @@ async def read_body(request: Request, *, files: Collection[str]) -> Body:
         raise ApiError(400, f"the body is not JSON in UTF-8: {error}", code="invalid_json") from None
     if not isinstance(document, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    return Body(document, {}, is_form=False)
+    return _checked_text(Body(document, {}, is_form=False), request, files)
+
+
+def _checked_text(body: Body, request: Request, files: Collection[str]) -> Body:
+    """``body``. Only what may hold a picture may be as large as one."""
+    limit: int = request.app.state.context.engine.args.max_request_bytes
+    texts = (value for name, value in body.fields.items() if name not in files and isinstance(value, str))
+    if sum(map(len, texts)) > limit:
+        reason = f"the fields other than {', '.join(files)} are larger than {limit} bytes (--max-request-bytes)"
+        raise ApiError(413, reason, code="body_too_large")
+    return body
 
 
 def page_entry(schema: type[BaseModel], picture: str, *, required: bool) -> dict[str, Any]:
@@ -182,22 +124,32 @@ async def _read_form(request: Request, files: Collection[str]) -> Body:
     if options.get(b"charset", b"utf-8").lower() not in _CHARSETS:
         raise ApiError(400, "Content-Type: a form's charset must be utf-8", code="invalid_content_type")
     body = Body({}, {}, is_form=True)
-    try:
-        async with request.form(max_files=_MAX_FILES, max_fields=MAX_FIELDS, max_part_size=_NO_LIMIT) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    await _add_file(body, name.removesuffix("[]"), value, files)
-                elif name in body.fields:
-                    raise _wrong(name, "it is given twice")
-                else:
-                    body.fields[name] = value
-    except HTTPException as error:
-        if error.status_code != 400:  # the limits on bodies speak for themselves
-            raise
-        raise ApiError(400, f"the form cannot be read: {error.detail}", code="invalid_form") from None
+    for name, value in (await _parsed(request)).multi_items():
+        if isinstance(value, UploadFile):
+            await _add_file(body, name.removesuffix("[]"), value, files)
+        elif name in body.fields:
+            raise _wrong(name, "it is given twice")
+        else:
+            body.fields[name] = value
     for name in body.files.keys() & body.fields.keys():
         raise _wrong(name, "it is given twice")
     return body
+
+
+class _InMemory(MultiPartParser):
+    """Keeps files where they have come to, and are counted, already: a temporary folder may be full, or none."""
+
+    spool_max_size = 0  # no limit
+
+
+async def _parsed(request: Request) -> FormData:
+    async with aclosing(request.stream()) as stream:
+        limits = {"max_files": _MAX_FILES, "max_fields": MAX_FIELDS, "max_part_size": _NO_LIMIT}
+        parser = _InMemory(request.headers, stream, **limits)
+        try:
+            return await parser.parse()
+        except MultiPartException as error:
+            raise ApiError(400, f"the form cannot be read: {error.message}", code="invalid_form") from None
 
 
 async def _add_file(body: Body, name: str, file: UploadFile, files: Collection[str]) -> None:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import Depends, Request
 
 from ditrelay.server.board import Board
-from ditrelay.server.bodies import HeldBytes
 from ditrelay.server.files import FileStore
+from ditrelay.server.held_bytes import HeldBytes
 from ditrelay.server.image_jobs import ImageJobs
 from ditrelay.server.jobs import Jobs
 from ditrelay.server.problem import model_not_found, not_ready, role_lost, shutting_down
@@ -59,7 +59,7 @@ class Context:
     recent_files: FileStore = field(
         default_factory=lambda: FileStore(max_files=200, max_bytes=64 << 20, lifetime=600.0)
     )
-    held: HeldBytes = field(default_factory=HeldBytes)
+    held: HeldBytes = field(init=False)
     board: Board = field(default_factory=Board)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     started: bool = False
@@ -70,6 +70,10 @@ class Context:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _watching: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        args = self.engine.args
+        self.held = HeldBytes(max_total=args.max_total_bytes, max_client=args.client_share)
 
     @property
     def jobs(self) -> Jobs | None:

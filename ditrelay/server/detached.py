@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import Request, Response
 
+from ditrelay.server.held_bytes import client_of
 from ditrelay.server.job_schemas import JobList
 from ditrelay.server.problem import ApiError
 
@@ -35,17 +36,20 @@ def is_preferred(request: Request) -> bool:
     return _PREFERENCE in named
 
 
-async def accept(context: Context, submitted: AbstractAsyncContextManager[list[ImageJob]]) -> Response:
+async def accept(
+    context: Context, request: Request, submitted: AbstractAsyncContextManager[list[ImageJob]]
+) -> Response:
     """Answer once the pictures are queued.
 
     Args:
+        request: whose client has, from here on, what the pictures start from.
         submitted: submits them, and cancels on leaving those that are not finished.
 
     Raises:
         whatever ``submitted`` does on entering: nothing was begun.
     """
     queued: asyncio.Future[list[ImageJob]] = asyncio.get_running_loop().create_future()
-    task = asyncio.create_task(_see_through(context, submitted, queued))
+    task = asyncio.create_task(_see_through(context, client_of(request.scope), submitted, queued))
     context.tasks.add(task)
     task.add_done_callback(context.tasks.discard)
     await asyncio.wait((task, queued), return_when=asyncio.FIRST_COMPLETED)
@@ -58,6 +62,7 @@ async def accept(context: Context, submitted: AbstractAsyncContextManager[list[I
 
 async def _see_through(
     context: Context,
+    client: str,
     submitted: AbstractAsyncContextManager[list[ImageJob]],
     queued: asyncio.Future[list[ImageJob]],
 ) -> None:
@@ -65,7 +70,8 @@ async def _see_through(
         with context.taken():
             async with submitted as jobs:
                 queued.set_result(jobs)
-                with context.held.holding(len(jobs[0].ticket.params.image or b"")):  # all start from the same
+                # All start from the same.
+                with context.held.holding(client, len(jobs[0].ticket.params.image or b"")):
                     await asyncio.wait([job.work for job in jobs])  # how each ended is told by its events
     except ApiError as error:
         if not queued.done():

@@ -6,9 +6,10 @@ from fastapi import Request, Response
 
 from ditrelay.models.quirks import FAMILIES
 from ditrelay.server import detached
-from ditrelay.server.bodies import Body, bytes_of, page_entry, read_body, required
+from ditrelay.server.bodies import Body, page_entry, read_body, required
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.edit_schemas import ImageEditRequest
+from ditrelay.server.held_bytes import bytes_of
 from ditrelay.server.images import respond
 from ditrelay.server.problem import RESPONSES, ApiError
 from ditrelay.server.router import Router

@@ -96,7 +96,7 @@ async def respond(body: PictureRequest, request: Request, context: Context) -> R
     if body.stream:
         return EventStream(lambda emit: _stream(context, body, emit))
     if detached.is_preferred(request):
-        return await detached.accept(context, _submitted(context, body, context.files))
+        return await detached.accept(context, request, _submitted(context, body, context.files))
     as_url = body.response_format != "b64_json"
     with context.taken():
         drawn = await while_connected(request, _draw(context, body, context.files if as_url else context.recent_files))

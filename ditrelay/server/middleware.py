@@ -1,24 +1,20 @@
-"""What happens to every HTTP request, whatever its address: one log line, the key, and a limit on its body."""
+"""What happens to every HTTP request, whatever its address: one log line, and who may send it."""
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import re
 import socket
 import time
-from collections.abc import Callable
 from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditrelay.runtime.telemetry import CARRIER_HEADERS, called_by
 from ditrelay.server import playground
 from ditrelay.server.addresses import address_of
-from ditrelay.server.bodies import HeldBytes, RequestBytes, count_bytes, refused
 from ditrelay.server.problem import cross_site, shorten, strange_host, unauthorized
 
 logger = logging.getLogger(__name__)
@@ -30,16 +26,10 @@ _POLLED = frozenset({"/health", "/ready", "/metrics", "/v1/jobs", "/v1/topology"
 _OPEN_PATH = "/health"
 _OPEN_FILE = re.compile("/v1/images/[^/]+/content")
 
-# Whose bodies may hold a picture.
-_UPLOADS = frozenset({"/v1/images/edits", "/v1/videos"})
-
 _READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
 # Of a path, in the log: whoever has no key can ask for paths of 64 KiB, too.
 _LOGGED_CHARACTERS = 200
-
-# Read and thrown away, at most, of a body that is too large.
-_DRAINED_BYTES = 64 << 20
 
 
 class AccessLog:
@@ -156,90 +146,3 @@ class CallersTrace:
         headers = Headers(scope=scope) if scope["type"] == "http" else {}
         with called_by({name: headers[name] for name in CARRIER_HEADERS if name in headers} or None):
             await self._app(scope, receive, send)
-
-
-class BodyLimit:
-    """Refuses a body that is too large (413), one too many at a time (429), and one that stops coming (408).
-
-    One whose client leaves in the middle is 499 in the log, nginx's status for it, and no fault of the server's.
-
-    Args:
-        max_bytes: the largest body allowed.
-        max_upload: the same at the addresses that take pictures.
-        max_total: bytes that may be held.
-        timeout: seconds that the body may stand still.
-        retry_after: seconds after which a client that is turned away should come back.
-        held: counts what is held, also by others; one of its own where it isn't given.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        max_bytes: int = 1 << 20,
-        max_upload: int | None = None,
-        max_total: int = 256 << 20,
-        timeout: float = 30.0,
-        retry_after: Callable[[], int] = lambda: 1,
-        held: HeldBytes | None = None,
-    ) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-        self._max_upload = max_bytes if max_upload is None else max_upload
-        self._max_total = max_total
-        self._timeout = timeout
-        self._retry_after = retry_after
-        self._held = held or HeldBytes()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        received, complete, is_upload = 0, False, scope.get("path") in _UPLOADS
-        counted = RequestBytes(self._held, self._max_total, self._retry_after)
-        count_bytes(scope, counted)
-
-        async def receive_limited() -> Message:
-            nonlocal received, complete
-            if complete:  # what comes now is the disconnect, and that may take as long as it likes
-                return await receive()
-            message = await self._next(receive)
-            if message["type"] == "http.disconnect":
-                raise refused(499, "the client closed the connection before the end of the body")
-            size = len(message.get("body", b""))
-            received += size
-            complete = not message.get("more_body", False)
-            try:
-                self._check_size(received, is_upload)
-                counted.add(size)
-            except HTTPException:
-                if not complete:
-                    await self._drain(receive)
-                raise
-            return message
-
-        try:
-            await self._app(scope, receive_limited, send)
-        finally:
-            counted.release()
-
-    def _check_size(self, received: int, is_upload: bool) -> None:
-        limit = self._max_upload if is_upload else self._max_bytes
-        if received > limit:
-            flag = "--max-upload-bytes" if is_upload else "--max-request-bytes"
-            raise refused(413, f"the body is larger than {limit} bytes ({flag})")
-
-    async def _drain(self, receive: Receive) -> None:
-        """Read on for a while: a client that is still sending would find its connection reset, not the answer."""
-        drained = 0
-        while drained < _DRAINED_BYTES:
-            message = await self._next(receive)
-            drained += len(message.get("body", b""))
-            if not message.get("more_body", False):
-                return
-
-    async def _next(self, receive: Receive) -> Message:
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await receive()
-        except TimeoutError as error:
-            raise refused(408, f"the rest of the body did not come within {self._timeout:g} s") from error

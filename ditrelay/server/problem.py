@@ -60,6 +60,24 @@ class ApiError(DitrelayError):
         return JSONResponse(body, status_code=self.status, headers=self.headers)
 
 
+class Refused(HTTPException):
+    """Turns a request away whose body may still be on its way, so its connection is closed.
+
+    An ``HTTPException`` is what FastAPI lets through while it reads a body.
+
+    Args:
+        code: the reason, for programs.
+    """
+
+    def __init__(self, status: int, detail: str, *, code: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(status, detail, headers={"Connection": "close", **(headers or {})})
+        self.code = code
+
+    def described(self) -> ApiError:
+        kind = "rate_limit_error" if self.status_code == 429 else INVALID
+        return ApiError(self.status_code, self.detail, type=kind, code=self.code, headers=self.headers)
+
+
 def not_ready(message: str) -> ApiError:
     """503: the engine takes no requests now; try again soon."""
     return ApiError(503, message, type=SERVER, code="not_ready", headers={"Retry-After": "5"})
@@ -142,6 +160,7 @@ def _describers() -> dict[type[Exception], Callable[[Request, Any], ApiError]]:
         EngineClosed: _closing,
         OperationalError: _store_down,
         RequestValidationError: _schema_refused,
+        Refused: lambda request, error: error.described(),
         HTTPException: _http_error,
         Exception: _unexpected,
     }
@@ -183,13 +202,8 @@ def _http_error(request: Request, error: HTTPException) -> ApiError:
         400: ("the body cannot be read as JSON in UTF-8", "invalid_json"),  # FastAPI says it in no other case
         404: (f"{target}: there is nothing at this address; GET / lists what there is", "unknown_url"),
         405: (f"{target}: this method is not allowed here; allowed: {headers.get('Allow')}", "method_not_allowed"),
-        408: (error.detail, "body_timeout"),
-        413: (error.detail, "body_too_large"),
-        429: (error.detail, "too_many_bytes"),
-        499: (error.detail, "client_closed_request"),
     }.get(error.status_code, (error.detail, None))
-    kind = "rate_limit_error" if error.status_code == 429 else INVALID
-    return ApiError(error.status_code, message, type=kind, code=code, headers=headers)
+    return ApiError(error.status_code, message, code=code, headers=headers)
 
 
 def _allow(request: Request, error: HTTPException) -> dict[str, str]:

@@ -13,8 +13,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.request import SamplingParams
-from ditrelay.server.bodies import Body, bytes_of, page_entry, read_body
+from ditrelay.server.bodies import Body, page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
+from ditrelay.server.held_bytes import bytes_of
 from ditrelay.server.job_store import Job, JobState
 from ditrelay.server.jobs import Jobs, fingerprint
 from ditrelay.server.live import Live
