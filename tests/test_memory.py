@@ -125,7 +125,7 @@ def test_every_kind_of_value_comes_back_as_it_was() -> None:
     begun = place(value=None, generator=generator), place(value=None)
     memory = StepMemory(*begun)
     values = {
-        "a": [1, 2.5, float("inf"), None, True, "x"],
+        "a": [1, 2.5, float("inf"), None, True, "x", torch.Size((2, 3))],
         "b": (torch.arange(3), [torch.ones(1, dtype=torch.bfloat16)]),
     }
     begun[0].value, begun[1].value = values, float("-inf")
@@ -141,11 +141,29 @@ def test_every_kind_of_value_comes_back_as_it_was() -> None:
     assert torch.equal(torch.rand(1, generator=other[0].generator), expected)
 
 
-@pytest.mark.parametrize("hidden", [object(), copy, np.random.default_rng(1)], ids=["object", "module", "generator"])
+def _remembers() -> object:
+    seen: list[float] = []
+    return lambda t: seen.append(t)
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [object(), copy, np.random.default_rng(1), _remembers()],
+    ids=["object", "module", "generator", "function with a memory"],
+)
 def test_a_scheduler_that_may_hide_what_steps_change_is_refused_by_name(hidden: object) -> None:
     scope, scheduler = place(latents=torch.zeros(1)), place(tree=hidden)
     with pytest.raises(CodecError, match=r"scheduler\.tree"):
         StepMemory(scope, scheduler).changes(scope, scheduler)
+
+
+def test_a_function_without_a_memory_hides_nothing_and_a_generator_is_written_down() -> None:
+    scope, noise = place(latents=torch.zeros(1)), torch.Generator("cpu").manual_seed(1)
+    scheduler = place(tau=lambda t: 1, noise=noise)
+    captured = through_the_codec(StepMemory(scope, scheduler).changes(scope, scheduler))
+    other = place(tau=scheduler.tau, noise=torch.Generator("cpu").manual_seed(2))
+    put_back(captured, place(latents=torch.zeros(1)), other, torch.device("cpu"))
+    assert torch.equal(other.noise.get_state(), scheduler.noise.get_state())
 
 
 def test_a_changed_value_that_can_not_be_written_is_named() -> None:

@@ -17,6 +17,7 @@ import tiny_models
 import torch
 import torch.distributed as dist
 from diffusers.models.attention_dispatch import AttentionBackendName
+from noisy_schedulers import drawing
 
 from ditrelay.errors import ConfigError, InvalidRequest
 from ditrelay.models import parallel
@@ -41,6 +42,7 @@ class Case:
     Attributes:
         sides: the picture's height and width in multiples of the family's own.
         heads: with so many attention heads, and random weights; None: as the tiny model is.
+        scheduler: one that draws noise (``noisy_schedulers``); None: the tiny model's.
     """
 
     family: str
@@ -52,11 +54,13 @@ class Case:
     unguided: bool = False
     offload: frozenset[str] = frozenset()
     heads: int | None = None
+    scheduler: str | None = None
 
     def __str__(self) -> str:
         degrees = {"ulysses": self.sp // self.ring, "ring": self.ring, "tp": self.tp, "cfg": self.cfg}
         words = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
         marks = " unguided" * self.unguided + " offloaded" * bool(self.offload)
+        marks += f" {self.scheduler}" if self.scheduler else ""
         return f"{self.family}: {' x '.join(words)}{marks}"
 
     @property
@@ -87,6 +91,9 @@ CASES = {
         *(Case(name, sp=2, tp=2, heads=4) for name in _with("tp") if name in _with("sp")),
         *(Case(name, sp=2, ring=2, tp=2) for name in _with("tp") if name in _with("ring")),
         *(Case(name, sp=2, offload=frozenset({"dit"})) for name in ("flux", "wan")),
+        *(Case("flux", sp=2, scheduler=scheduler) for scheduler in ("FlowMatchLCM", "FlowMatchEuler")),
+        *(Case("wan", sp=2, scheduler=scheduler) for scheduler in ("DPMSolverMultistep", "SASolver")),
+        Case("sd3", cfg=2, scheduler="DPMSolverSinglestep"),
     )
 }
 
@@ -111,13 +118,16 @@ def _difference(case: Case, root: str) -> float:
     guidance = {"guidance_scale": card.guidance_above} if case.unguided else {}
     request = tiny_models.small_request(card, height=side, width=side, **guidance)
     one = LoadSpec(card=card, roles=frozenset({"encode", "denoise"}), load_format=load_format)
-    alone = load_adapter(one)
+    alone: Any = load_adapter(one)
     degrees = {"sp": case.sp, "ring": case.ring, "tp": case.tp, "cfg": case.cfg}
-    split = load_adapter(replace(one, roles=frozenset({"denoise"}), offload=case.offload, **degrees))
+    split: Any = load_adapter(replace(one, roles=frozenset({"denoise"}), offload=case.offload, **degrees))
     if case.sp > case.ring > 1:
         odd = tiny_models.small_request(card)
         with pytest.raises(InvalidRequest, match="tokens does not divide by 4 ranks"):
             _denoise(split, odd, alone.encode([odd]))
+    if case.scheduler:
+        for adapter in (alone, split):
+            adapter._pipelines["denoise"].scheduler = drawing(case.scheduler, Path(root, case.folder))
     state = alone.encode([request])
     for step in (1, 2):
         _denoise(split, request, state, stop_after=step)
@@ -141,6 +151,7 @@ class _OnlyMasked:
 
 def _rank(rank: int, world: int, port: int, root: str, out: str) -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(rank)  # what is drawn without a generator differs from rank to rank
     patience = timedelta(seconds=SECONDS)
     store = dist.TCPStore("127.0.0.1", port, world, rank == 0, patience)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
 import torch
+from noisy_schedulers import NO_SHIFT, drawing
 from preview_rig import SECONDS, as_state, picture, request, wait_until
 
 from ditrelay.errors import CodecError, InvalidRequest
@@ -35,13 +37,12 @@ STEPS = 6
 # ---------------------------------------------------------------- the latents
 
 
-def test_a_straight_way_is_seen_to_its_end_from_any_two_places_on_it() -> None:
+def test_a_straight_way_is_seen_to_its_end_from_any_place_on_it() -> None:
     end, noise = torch.randn(2, 1, 4, 3, 3)
     sigmas = torch.tensor([1.0, 0.8, 0.3, 0.0])
-    ways = [sigma * noise + (1 - sigma) * end for sigma in sigmas]
-    for index in (1, 2, 3):
-        scheduler = SimpleNamespace(sigmas=sigmas, step_index=index)
-        assert torch.allclose(finished(ways[index - 1], ways[index], scheduler), end, atol=1e-5)
+    for index, sigma in enumerate(sigmas):
+        scheduler, scope = SimpleNamespace(sigmas=sigmas, step_index=index + 1), SimpleNamespace(noise_pred=noise - end)
+        assert torch.allclose(finished(sigma * noise + (1 - sigma) * end, scope, scheduler), end, atol=1e-5)
 
 
 @pytest.fixture(scope="session")
@@ -98,6 +99,29 @@ def test_a_denoise_that_goes_on_elsewhere_shows_there_what_it_would_have_shown_h
         adapter.step(session)
     shown, there = (latent_grid(adapter.preview(session)) for session in (here, elsewhere))
     assert shown is not None and there is not None and torch.equal(shown, there)
+
+
+ODD = ("FlowMatchHeunDiscrete", *NO_SHIFT)
+
+
+@pytest.mark.parametrize("scheduler", ODD)
+def test_what_the_model_sees_is_shown_however_the_scheduler_goes_on_from_there(scheduler: str, tiny_root: Path) -> None:
+    """Asked twice a step (Heun), stepping with earlier answers, or putting new noise on the picture."""
+    folder = tiny_models.build("sd3", tiny_root)
+    card = load_card(str(folder))
+    adapter: Any = load_adapter(LoadSpec(card=card, roles=COLOCATED))
+    adapter._pipelines["denoise"].scheduler = drawing(scheduler, folder)
+    wanted = tiny_models.small_request(card, num_inference_steps=STEPS, previews=10)
+    session = adapter.begin([wanted], adapter.encode([wanted]))
+    shown = []
+    while adapter.step(session):
+        shown.append(adapter.preview(session)["latents"].value)
+    made = adapter.finish(session)["latents"].value
+    assert all(latents.isfinite().all() for latents in shown)
+    spread = [float(latents.std()) for latents in shown]
+    assert max(spread) < 4 * float(made.std()) and min(spread) > float(made.std()) / 4, (spread, float(made.std()))
+    ways_off = [float((latents - made).norm()) for latents in shown]
+    assert ways_off[-1] < 0.6 * max(ways_off) and ways_off[-2] < 0.8 * max(ways_off), ways_off
 
 
 def test_what_the_built_in_shows_before_its_last_step_is_nearly_the_picture() -> None:

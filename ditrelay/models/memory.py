@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,18 @@ from ditrelay.runtime.payloads import JsonValue, State, StateValue
 
 _PLAIN = (bool, int, float, str, type(None))
 # Anything else in a scheduler may hold what steps change, unseen.
-_TRANSPARENT = (*_PLAIN, torch.Tensor, list, tuple, dict, torch.dtype, torch.device, np.ndarray, np.generic)
+_TRANSPARENT = (
+    *_PLAIN,
+    torch.Tensor,
+    torch.Generator,
+    list,
+    tuple,
+    dict,
+    torch.dtype,
+    torch.device,
+    np.ndarray,
+    np.generic,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class _Part:
     before: Mapping[str, object]
 
     def changed(self, name: str, now: Mapping[str, object]) -> dict[str, object]:
-        opaque = [key for key, value in now.items() if self.grows and not isinstance(value, _TRANSPARENT)]
+        opaque = [key for key, value in now.items() if self.grows and not _is_transparent(value)]
         if opaque:
             raise CodecError(f"{name}.{opaque[0]}: a {type(now[opaque[0]]).__name__} may hide what the steps change")
         kept = {key: value for key, value in now.items() if self.grows or key in self.before}
@@ -82,6 +94,13 @@ def _named(scope: object, scheduler: object) -> dict[str, object]:
 
 
 # ---------------------------------------------------------------- what has changed
+
+
+def _is_transparent(value: object) -> bool:
+    if isinstance(value, FunctionType):
+        return value.__closure__ is None  # it has no place in which to keep anything
+    return isinstance(value, _TRANSPARENT)
+
 
 _GONE = object()
 
@@ -156,6 +175,8 @@ class _Writer:
                 order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
                 number = self._add(value.permute(order))
                 return {"tensor": number, "host": value.device.type == "cpu", "order": list(order)}
+            case torch.Size():
+                return {"size": list(value)}
             case list() | tuple() if type(value) in (list, tuple):
                 return {type(value).__name__: [self._write(name, item) for item in value]}
             case dict() if type(value) is dict and all(isinstance(key, str) for key in value):
@@ -188,6 +209,8 @@ class _Reader:
             case {"tensor": int(index), "host": bool(host), "order": list(order)}:
                 back = [order.index(dim) for dim in range(len(order))]
                 return self.tensors[index].to("cpu" if host else self.device).permute(back)
+            case {"size": list(sides)}:
+                return torch.Size(int(side) for side in sides)  # type: ignore[arg-type]
             case {"list": list(items)}:
                 return [self._read(item) for item in items]
             case {"tuple": list(items)}:

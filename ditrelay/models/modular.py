@@ -23,6 +23,7 @@ from ditrelay.models.exact_timestep import ExactTimestep
 from ditrelay.models.folder import ModelFolder
 from ditrelay.models.guidance import SplitGuidance, SteadyGuidance
 from ditrelay.models.memory import StepMemory, put_back
+from ditrelay.models.noise import DrawnFrom, draw_from, draws_noise
 from ditrelay.models.picture_stand_ins import stand_in
 from ditrelay.models.pixels import open_image, stretched, to_frames
 from ditrelay.models.previews import finished, in_the_middle, latents_of
@@ -99,6 +100,7 @@ class ModularAdapter:
         driver.start()
         if pipeline.scheduler.begin_index is None:  # else it takes the second of two equal timesteps
             pipeline.scheduler.set_begin_index(0)
+        draw_from(pipeline.scheduler, blocks_state.get(NOISE))
         session = ModularSession(driver, blocks_state, pipeline.scheduler, StepMemory(driver.scope, pipeline.scheduler))
         if params.previews:
             session.complete = partial(self._complete, self._workflows.part("denoise", params), pipeline, blocks_state)
@@ -118,7 +120,7 @@ class ModularAdapter:
         if session.complete is None or session.before is None or session.driver.finished:
             raise ValueError("no step was done that more follow, or the request wants no previews")
         with torch.no_grad():
-            latents = finished(session.before, latents_of(session.driver.scope), session.scheduler)
+            latents = finished(session.before, session.driver.scope, session.scheduler)
             return in_the_middle(session.complete(latents))
 
     def _complete(self, part: str, pipeline: Any, state: PipelineState, latents: torch.Tensor) -> State:
@@ -157,11 +159,15 @@ class ModularAdapter:
         if give is not None and gives_frames(pipeline.vae):
             to_unit = partial(pipeline.video_processor.postprocess_video, output_type="pt")
             pipeline.vae = GivenAway(pipeline.vae, to_unit, give)
-            self._execute("decode", pipeline, blocks_state)
+            self._decode(pipeline, blocks_state)
             return []
-        self._execute("decode", pipeline, blocks_state)
+        self._decode(pipeline, blocks_state)
         pixels = blocks_state.get("images" if self._family.media == "image" else "videos")
         return [to_frames(pixels[0])]
+
+    def _decode(self, pipeline: Any, state: PipelineState) -> None:
+        with DrawnFrom(state.get(NOISE)) if draws_noise(pipeline.vae) else nullcontext():
+            self._execute("decode", pipeline, state)
 
     def component(self, name: str) -> Any:
         """A component that this rank holds. Raises ``UnsupportedModel`` where the model has none of that name."""

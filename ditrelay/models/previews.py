@@ -31,17 +31,21 @@ FEW_CHANNELS = 32  # so few are looked at together with those of the eight neigh
 _RIDGE = 1e-4  # share of the features' mean square that keeps apart what few pictures do not
 
 
-def finished(before: torch.Tensor, after: torch.Tensor, scheduler: Any) -> torch.Tensor:
-    """Where a denoise would end that goes on as in its last step: the latents of a picture without noise.
+def finished(before: torch.Tensor, scope: object, scheduler: Any) -> torch.Tensor:
+    """The latents of a picture without noise, as the model saw it in the last step.
 
-    Flow matching moves along dx/dsigma = v, so x_0 = x - sigma * v, with v as it was on the way from ``before`` to
-    ``after``. Exact for Euler steps; for multistep schedulers close to it. Nothing waits for the device.
+    Flow matching moves along dx/dsigma = v, so x_0 = x - sigma * v: with the latents that the model was given, what it
+    said of them, and the noise level at which it was asked. Whatever the scheduler makes of that (two questions a step,
+    several steps together, new noise) has no part in it. Nothing waits for the device.
+
+    Args:
+        before: the latents before the step.
+        scope: the state of the loop after it.
     """
-    sigmas, index = scheduler.sigmas, scheduler.step_index
-    part = sigmas[index] / (sigmas[index] - sigmas[index - 1])
-    x = after.float()
-    estimate: torch.Tensor = x - part * (x - before.float())
-    return estimate.to(after.dtype)
+    sigma = scheduler.sigmas[scheduler.step_index - 1]
+    velocity = vars(scope)["noise_pred"]
+    estimate: torch.Tensor = before.float() - sigma * velocity.float()
+    return estimate.to(before.dtype)
 
 
 def latents_of(scope: object) -> torch.Tensor:
