@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
         (
             "ditrelay.runtime.activity",
             "ditrelay.runtime.admission",
+            "ditrelay.runtime.descriptors",
             "ditrelay.runtime.scheduler",
             "ditrelay.runtime.scheduling",
             "ditrelay.runtime.scheduling.*",

@@ -214,6 +214,23 @@ class ServerArgs:
         is_bytes=True,
     )
     body_timeout: float = seconds(30.0, "For a body to stand still, or to lag behind --min-body-rate.")
+    max_connections: int = flag(
+        1000,
+        "Limits",
+        "Connections of clients at a time; fewer where there are not three file descriptors for each. Past it the one "
+        "that has been idle for longest goes.",
+        minimum=1,
+    )
+    header_timeout: float = seconds(30.0, "For a connection to be without a request.")
+    write_timeout: float = seconds(30.0, "For a client to read the 64 KiB of an answer that lie ready for it.")
+    max_unsent_bytes: int = flag(
+        256 << 20,
+        "Limits",
+        "Bytes of all answers that their clients have not read yet; past it the slowest reader is cut off.",
+        minimum=1,
+        metavar="BYTES",
+        is_bytes=True,
+    )
     max_attempts: int = flag(
         3, "Limits", "Times a request is tried when its worker dies or its transfer fails.", minimum=1
     )

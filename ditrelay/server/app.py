@@ -19,9 +19,12 @@ from starlette.middleware import Middleware
 from ditrelay._version import __version__
 from ditrelay.errors import ConfigError, DitrelayError
 from ditrelay.runtime import logs
+from ditrelay.runtime.descriptors import left_over, raise_limit
 from ditrelay.server import activity, edits, images, job_events, metrics, playground, problem, service, videos
 from ditrelay.server.body_limit import BodyLimit, BodyRules
+from ditrelay.server.connections import Connection, ConnectionRules, Connections
 from ditrelay.server.context import Context
+from ditrelay.server.listener import Listener
 from ditrelay.server.middleware import AccessLog, ApiKey, CallersTrace, OwnPages
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 # Once the engine is closed, all that is left is to send what is already there.
 _DRAIN_SECONDS = 3
+
+_OF_CONNECTION = 3  # descriptors
+_LEAST_CONNECTIONS = 8
+_TICKS = 10  # of the server's, in a second
 
 
 def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException], None] | None = None) -> FastAPI:
@@ -122,11 +129,22 @@ def serve(args: ServerArgs) -> int:
     """
     logs.configure(args.log_level)
     try:
+        connection_limit(args)
         with closing(listen(args.host, args.port)) as listener:
             return asyncio.run(_serve(args, listener))
     except ConfigError as error:
         logger.error("%s", error.on_command_line)
         return 2
+
+
+def connection_limit(args: ServerArgs) -> int:
+    """Connections that clients may have at a time: each may need two more descriptors, for a file that it is sent.
+
+    Raises:
+        ConfigError: there are too few descriptors for the ranks and a few connections.
+    """
+    free = left_over(raise_limit(), args.num_gpus, at_least=_LEAST_CONNECTIONS * _OF_CONNECTION)
+    return min(args.max_connections, free // _OF_CONNECTION)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -186,10 +204,15 @@ class EngineServer(uvicorn.Server):
             timeout_graceful_shutdown=_DRAIN_SECONDS,
         )
         super().__init__(config)
+        limit = connection_limit(engine.args)
+        if limit < engine.args.max_connections:
+            logger.info("%d connections at a time, not --max-connections: ulimit -n allows no more", limit)
         # The engine's thread and the loop's take turns at the interpreter: hand it over ten times sooner.
         sys.setswitchinterval(0.0005)
         self.failure: BaseException | None = None
         self._context: Context = app.state.context
+        self._connections = Connections(ConnectionRules.of(engine.args, limit), self._context.traffic)
+        self._listener: Listener | None = None
         self._drain_timeout = engine.args.drain_timeout
         self._draining: asyncio.Task[None] | None = None
 
@@ -224,8 +247,27 @@ class EngineServer(uvicorn.Server):
         """Leaves signals alone: uvicorn would raise them again at the end, and the exit code would not be 0."""
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """With a listener of our own in place of asyncio's."""
+        await super().startup(sockets=[])
+        self._listener = Listener(sockets or [], self._connect, self._connections.close_oldest)
+        self._listener.start()
+
+    def _connect(self, is_spare: bool) -> Connection:
+        shared = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        return Connection(self._connections, is_spare=is_spare, **shared)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        if counter % _TICKS == 0 and self._listener is not None:
+            self._connections.sweep()
+            self._listener.refill()
+        return await super().on_tick(counter)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Closes the engine first, so that requests that run get an answer instead of a broken connection."""
         logger.info("Shutting down")
         await self._context.close()
+        if self._listener is not None:
+            self._listener.close()
         await super().shutdown(sockets)

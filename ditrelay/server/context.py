@@ -28,6 +28,7 @@ from ditrelay.server.schemas import (
     RequestCounts,
     TopologyState,
 )
+from ditrelay.server.traffic import Traffic
 
 if TYPE_CHECKING:
     from ditrelay.async_engine import AsyncEngine
@@ -44,6 +45,7 @@ class Context:
         files: pictures to be fetched by address.
         recent_files: those that their clients have got in the answer, for whoever follows their jobs.
         held: what clients have sent and is still in memory.
+        traffic: what the clients' connections hold.
         board: the jobs: all pictures, and the videos where the model makes them.
         closed: set at the end, for streams that have no end of their own.
         started: the engine's start is complete. Stays true while a lost worker is replaced: requests wait then.
@@ -60,6 +62,7 @@ class Context:
         default_factory=lambda: FileStore(max_files=200, max_bytes=64 << 20, lifetime=600.0)
     )
     held: HeldBytes = field(init=False)
+    traffic: Traffic = field(default_factory=Traffic)
     board: Board = field(default_factory=Board)
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     started: bool = False

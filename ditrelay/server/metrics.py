@@ -11,8 +11,10 @@ from ditrelay._version import __version__
 from ditrelay.runtime.meters import HistogramReading
 from ditrelay.server.context import ContextDep
 from ditrelay.server.exposition import CONTENT_TYPE, Family, render
+from ditrelay.server.held_bytes import HeldBytes
 from ditrelay.server.problem import RESPONSES
 from ditrelay.server.router import Router
+from ditrelay.server.traffic import TURNED_AWAY, Traffic
 
 if TYPE_CHECKING:
     from ditrelay.runtime.status import EngineStatus
@@ -27,11 +29,14 @@ _NONE = HistogramReading()
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(context: ContextDep) -> Response:
     """Counts, gauges and histograms in Prometheus' text format."""
-    text = render(families(context.engine.status(), model=context.model_name))
+    state = context.engine.status()
+    text = render(families(state, model=context.model_name, traffic=context.traffic, held=context.held))
     return Response(text, media_type=CONTENT_TYPE)
 
 
-def families(status: EngineStatus, *, model: str) -> Iterator[Family]:
+def families(
+    status: EngineStatus, *, model: str, traffic: Traffic | None = None, held: HeldBytes | None = None
+) -> Iterator[Family]:
     """Every metric, also those that have no sample yet. Times in seconds, sizes in bytes, totals since the start."""
     info = Family("ditrelay_info", "gauge", "The version and the served model; always 1.")
     yield info.add(1, version=__version__, model=model)
@@ -41,6 +46,7 @@ def families(status: EngineStatus, *, model: str) -> Iterator[Family]:
     yield from _credits(status)
     yield from _edges(status)
     yield from _ranks(status)
+    yield from _clients(traffic or Traffic(), held or HeldBytes())
 
 
 def _requests(status: EngineStatus) -> Iterator[Family]:
@@ -118,3 +124,17 @@ def _ranks(status: EngineStatus) -> Iterator[Family]:
         for kind, size in {"resident": beat.rss, **device, "kept": beat.kept}.items():
             memory.add(size, rank=rank, kind=kind)
     yield from (up, restarts, sends, receives, memory)
+
+
+def _clients(traffic: Traffic, held: HeldBytes) -> Iterator[Family]:
+    connections = Family("ditrelay_connections", "gauge", "Clients' connections: with a request, or without.")
+    yield connections.add(traffic.busy, state="busy").add(traffic.connections - traffic.busy, state="idle")
+    yield Family("ditrelay_connections_limit", "gauge", "Connections that there may be at a time.").add(traffic.limit)
+    away = Family("ditrelay_connections_turned_away_total", "counter", "Connections cut off or refused, by reason.")
+    for reason in TURNED_AWAY:
+        away.add(traffic.turned_away[reason], reason=reason)
+    yield away
+    yield Family("ditrelay_request_bytes", "gauge", "Bytes of requests that are under way.").add(held.nbytes)
+    given_up = "Bodies that came slowly and were turned away for others."
+    yield Family("ditrelay_bodies_given_up_total", "counter", given_up).add(held.given_up)
+    yield Family("ditrelay_unsent_bytes", "gauge", "Bytes of answers that wait for their readers.").add(traffic.unsent)

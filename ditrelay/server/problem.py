@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import compile_path
 
 from ditrelay.errors import DitrelayError, EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
+from ditrelay.runtime.descriptors import EXHAUSTED
 from ditrelay.server.schemas import Error, ErrorResponse, ImageGenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,19 @@ def strange_host(name: str) -> ApiError:
     return ApiError(403, message, code="strange_host", headers={"Connection": "close"})
 
 
+def too_many_connections(limit: int) -> ApiError:
+    """503: all connections that there may be are busy."""
+    message = f"{limit} connections are busy (--max-connections, or as many as there are file descriptors for)"
+    headers = {"Retry-After": "1", "Connection": "close"}
+    return ApiError(503, f"{message}; try again in 1 s", type=SERVER, code="too_many_connections", headers=headers)
+
+
+def out_of_descriptors() -> ApiError:
+    """503: a file or a socket that a request needs could not be opened."""
+    message = "the server has no file descriptor left (ulimit -n); try again in 1 s"
+    return ApiError(503, message, type=SERVER, code="out_of_descriptors", headers={"Retry-After": "1"})
+
+
 def model_not_found(name: str, served: str) -> ApiError:
     """404: ``name`` is not the served model."""
     message = f"model: {shorten(name)!r} is not served here; served: {served!r}"
@@ -160,6 +174,7 @@ def _describers() -> dict[type[Exception], Callable[[Request, Any], ApiError]]:
         EngineClosed: _closing,
         OperationalError: _store_down,
         RequestValidationError: _schema_refused,
+        OSError: _system_failed,
         Refused: lambda request, error: error.described(),
         HTTPException: _http_error,
         Exception: _unexpected,
@@ -188,6 +203,12 @@ def _closing(request: Request, error: EngineClosed | RequestCancelled) -> ApiErr
 def _store_down(request: Request, error: OperationalError) -> ApiError:
     logger.error("--job-store: %s", str(error.orig).splitlines()[0])  # without the statement, which holds prompts
     return store_down()
+
+
+def _system_failed(request: Request, error: OSError) -> ApiError:
+    if error.errno in EXHAUSTED:  # which others will meet too, so no line for each: the listener tells it
+        return out_of_descriptors()
+    raise error
 
 
 def _unexpected(request: Request, error: Exception) -> ApiError:
