@@ -6,12 +6,12 @@ from fastapi import Request, Response
 
 from ditrelay.models.quirks import FAMILIES
 from ditrelay.server import detached
-from ditrelay.server.bodies import Body, page_entry, read_body, required
+from ditrelay.server.bodies import Body, picture_page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.edit_schemas import ImageEditRequest
 from ditrelay.server.held_bytes import bytes_of
 from ditrelay.server.images import respond
-from ditrelay.server.problem import RESPONSES, ApiError
+from ditrelay.server.problem import RESPONSES, ApiError, required
 from ditrelay.server.router import Router
 from ditrelay.server.schemas import ImagesResponse
 from ditrelay.server.uploads import PictureReference, Upload, picture_of
@@ -29,7 +29,7 @@ _FILES = ("image", "mask")
         200: {"content": {"text/event-stream": {}}, "description": "The pictures, or with stream the events."},
         **detached.RESPONSES,
     },
-    openapi_extra=page_entry(ImageEditRequest, "image", required=True),
+    openapi_extra=picture_page_entry(ImageEditRequest, "image", required=True),
 )
 async def edit_image(request: Request, context: ContextDep) -> Response:
     """Draw pictures that start from a picture: the less strength, the more of it stays."""
@@ -61,5 +61,5 @@ def _source(sent: Body, body: ImageEditRequest) -> Upload | PictureReference | s
     if files:
         return files[0]
     if body.image is None:
-        raise required("image")
+        raise required("image", "a file of a form (an empty one counts as none), or a data URL")
     return body.image

@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from ditrelay.errors import InvalidRequest, RequestCancelled, RequestFailed
 from ditrelay.runtime.request import PictureFormat, SamplingParams
 from ditrelay.server import detached
+from ditrelay.server.bodies import page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.files import FileStore
 from ditrelay.server.image_jobs import ImageJob
@@ -77,10 +78,12 @@ class PictureRequest(Protocol):
         200: {"content": {"text/event-stream": {}}, "description": "The pictures, or with stream the events."},
         **detached.RESPONSES,
     },
+    openapi_extra=page_entry(ImageGenerationRequest),
 )
-async def generate_images(body: ImageGenerationRequest, request: Request, context: ContextDep) -> Response:
+async def generate_images(request: Request, context: ContextDep) -> Response:
     """Draw pictures from a prompt."""
-    return await respond(body, request, context)
+    sent = await read_body(request)
+    return await respond(sent.checked(ImageGenerationRequest), request, context)
 
 
 async def respond(body: PictureRequest, request: Request, context: Context) -> Response:

@@ -15,7 +15,7 @@ from starlette.routing import compile_path
 
 from ditrelay.errors import DitrelayError, EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
 from ditrelay.runtime.descriptors import EXHAUSTED
-from ditrelay.server.schemas import Error, ErrorResponse, ImageGenerationRequest
+from ditrelay.server.schemas import Error, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,17 @@ def model_not_found(name: str, served: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
+def required(param: str, allowed: str = "") -> ApiError:
+    """400: the field is missing; ``allowed`` says what it takes, where that isn't plain."""
+    message = f"{param}: required" + (f"; allowed: {allowed}" if allowed else "")
+    return ApiError(400, message, param=param, code="missing_required_parameter")
+
+
+def wrong_field(param: str, reason: str) -> ApiError:
+    """400: one field is wrong."""
+    return ApiError(400, f"{shorten(param)}: {reason}", param=shorten(param), code="invalid_value")
+
+
 def shorten(text: str, limit: int = 80) -> str:
     """A client's text, cut to a length fit for a message."""
     return text if len(text) <= limit else f"{text[:limit]}..."
@@ -239,26 +250,7 @@ def _allow(request: Request, error: HTTPException) -> dict[str, str]:
 
 
 def _schema_refused(request: Request, error: RequestValidationError) -> ApiError:
+    # Of parameters in the address and of headers: the routes check bodies themselves.
     first = error.errors()[0]
-    kind, location = first["type"], first["loc"]
-    if kind == "json_invalid":
-        reason = f"the body is not JSON: {first['ctx']['error']} at character {location[1]}"
-        return ApiError(400, reason, code="invalid_json")
-    if kind == "too_many_fields":
-        return ApiError(400, first["msg"], code="invalid_json")
-    if len(location) < 2:
-        return _no_object(first["input"])
-    param = shorten(str(location[1]))
-    if kind == "extra_forbidden":
-        known = ", ".join(ImageGenerationRequest.model_fields)
-        return ApiError(400, f"{param}: unknown field; known: {known}", param=param, code="unknown_parameter")
-    if kind == "missing":
-        return ApiError(400, f"{param}: required", param=param, code="missing_required_parameter")
-    return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
-
-
-def _no_object(body: object) -> ApiError:
-    # FastAPI hands a body over as bytes where its content type is not JSON.
-    if isinstance(body, bytes):
-        return ApiError(400, "Content-Type: must be application/json", code="invalid_content_type")
-    return ApiError(400, "the body must be a JSON object", code="invalid_json")
+    param = str(first["loc"][1])
+    return required(param) if first["type"] == "missing" else wrong_field(param, first["msg"])

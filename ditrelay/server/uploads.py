@@ -44,6 +44,11 @@ class Upload:
     content: bytes
     media_type: str
 
+    @property
+    def is_absent(self) -> bool:
+        """No byte came: what browsers send for a file that nobody has chosen."""
+        return not self.content
+
 
 async def picture_of(
     source: Upload | PictureReference | str, *, param: str, remote: RemoteMedia | None, count: Callable[[int], None]

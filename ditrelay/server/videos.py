@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.request import SamplingParams
-from ditrelay.server.bodies import Body, page_entry, read_body
+from ditrelay.server.bodies import Body, picture_page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.held_bytes import bytes_of
 from ditrelay.server.job_store import Job, JobState
@@ -45,7 +45,7 @@ async def _jobs(context: ContextDep) -> Jobs:
 JobsDep = Annotated[Jobs, Depends(_jobs)]
 
 
-@router.post("/videos", openapi_extra=page_entry(VideoRequest, "input_reference", required=False))
+@router.post("/videos", openapi_extra=picture_page_entry(VideoRequest, "input_reference", required=False))
 async def create_video(
     request: Request,
     context: ContextDep,
