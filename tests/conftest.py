@@ -1,4 +1,5 @@
-"""Figures that tests measured (``record_property``) are listed at the end of a run."""
+"""What all tests share: figures that they measured (``record_property``) are listed at the end of a run, and no example
+of a property has a deadline."""
 
 from __future__ import annotations
 
@@ -6,6 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# A loaded machine takes more than Hypothesis' 200 ms for an example now and then: time proves nothing here.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="module")

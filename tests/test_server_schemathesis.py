@@ -13,6 +13,7 @@ from hypothesis import settings
 from schemathesis.config import SchemathesisConfig
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
+    negative_data_rejection,
     response_schema_conformance,
     status_code_conformance,
 )
@@ -67,10 +68,18 @@ def send(case: schemathesis.Case, server: Server) -> httpx.Response:
     return server.ask(sent.method, sent.url, content=sent.body, headers=sent.headers)
 
 
+def is_carried(case: schemathesis.Case) -> bool:
+    """Whether what breaks the page's rules can be seen in what is sent: of a null or an empty list a form sends nothing,
+    and of a list with one element that element."""
+    is_form = case.media_type == "multipart/form-data" and isinstance(case.body, dict)
+    return not is_form or not any(value is None or isinstance(value, list | dict) for value in case.body.values())
+
+
 @PAGE.parametrize()
 @settings(max_examples=100, deadline=None, database=None)
 def test_no_answer_is_5xx_and_each_is_as_the_page_says(case: schemathesis.Case, server: Server) -> None:
-    case.validate_response(send(case, server))
+    excluded = [] if is_carried(case) else [negative_data_rejection]
+    case.validate_response(send(case, server), excluded_checks=excluded)
 
 
 @PAGE.parametrize()
