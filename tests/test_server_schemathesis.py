@@ -69,8 +69,8 @@ def send(case: schemathesis.Case, server: Server) -> httpx.Response:
 
 
 def is_carried(case: schemathesis.Case) -> bool:
-    """Whether what breaks the page's rules can be seen in what is sent: of a null or an empty list a form sends nothing,
-    and of a list with one element that element."""
+    """If what breaks the page's rules is seen in what is sent. Of a null or an empty list a form sends nothing, and
+    of a list with one element that element."""
     is_form = case.media_type == "multipart/form-data" and isinstance(case.body, dict)
     return not is_form or not any(value is None or isinstance(value, list | dict) for value in case.body.values())
 
