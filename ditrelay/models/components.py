@@ -21,6 +21,7 @@ from ditrelay.models.folder import LIBRARIES, ModelFolder, check_component
 from ditrelay.models.offload import Parked, offload_blocks, offload_name
 from ditrelay.models.parallel import ReplicaMesh, supports_context_parallel
 from ditrelay.models.quirks import ATTENTION_BACKENDS, CHANNELS_LAST_VAES, RING_BACKENDS
+from ditrelay.models.weights import check_all_used
 
 if TYPE_CHECKING:
     from ditrelay.models.load_spec import LoadSpec
@@ -124,6 +125,7 @@ class ComponentStore:
             raise self._unloadable(name, error) from error
         if missing := sorted(info["missing_keys"]):
             raise UnsupportedModel(f"the weights in {path} lack {len(missing)} tensors, for instance {missing[0]}")
+        check_all_used(model, path, info["unexpected_keys"], whole=self._folder.components[name][0] == "diffusers")
         return model.requires_grad_(False).to(self._home(name))
 
     def _unloadable(self, name: str, error: Exception) -> UnsupportedModel:

@@ -167,8 +167,14 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     yield found[0]
 
 
-def _check_safetensors(path: Path) -> None:
-    """The header is JSON and the file has exactly the bytes that the header promises."""
+def tensor_names(folder: Path) -> Iterator[tuple[Path, tuple[str, ...]]]:
+    """Each weight file of a component with the names of its tensors. Raises ``UnsupportedModel`` as its check does."""
+    for path in _weight_files(folder):
+        yield path, _check_safetensors(path)
+
+
+def _check_safetensors(path: Path) -> tuple[str, ...]:
+    """The header is JSON and the file has exactly the bytes that the header promises. Returns the tensors' names."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -183,3 +189,4 @@ def _check_safetensors(path: Path) -> None:
         raise UnsupportedModel(f"the weight file {path} is damaged: {error}") from error
     if size != 8 + length + max(ends, default=0):
         raise UnsupportedModel(f"the weight file {path} is damaged: {size} bytes do not match its header")
+    return tuple(name for name in header if name != "__metadata__")
