@@ -18,7 +18,8 @@ from ditrelay.errors import ConfigError, InvalidRequest
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.server import remote_media
 from ditrelay.server.problem import ApiError
-from ditrelay.server.remote_media import Fetched, RemoteMedia, is_public, look_up
+from ditrelay.server.public_addresses import is_public
+from ditrelay.server.remote_media import Fetched, RemoteMedia, look_up
 
 HOST = "pictures.test"
 PNG = picture()

@@ -7,7 +7,6 @@ addresses must be public, and the connection goes to what was checked, whatever 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import math
 import ssl
 from collections.abc import Awaitable, Callable, Collection
@@ -20,8 +19,8 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 import h11
 
 from ditrelay.errors import InvalidRequest
-from ditrelay.server.addresses import address_of
 from ditrelay.server.problem import ApiError
+from ditrelay.server.public_addresses import is_public
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_REDIRECTS = 3
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _CHUNK = 1 << 16
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -199,18 +197,6 @@ async def look_up(host: str, port: int) -> list[str]:
     """By the machine's resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=1)
     return [str(address[0]) for _, _, _, _, address in found]
-
-
-def is_public(number: str) -> bool:
-    """Whether an address is one of the public network: not this machine's, not its network's, nobody's group."""
-    address = address_of(number)
-    if isinstance(address, ipaddress.IPv6Address):
-        within = address.sixtofour or (address.teredo and address.teredo[1])
-        if address in _NAT64:
-            within = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if within:
-            return is_public(str(within))
-    return address is not None and address.is_global and not address.is_multicast
 
 
 def _joined(address: str, location: str) -> str:
