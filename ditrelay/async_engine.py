@@ -6,12 +6,14 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Unpack, overload
+from typing import Any, Unpack, overload
 
 from ditrelay.engine import Engine
-from ditrelay.errors import settings_as_fields
+from ditrelay.errors import RequestFailed, settings_as_fields
+from ditrelay.models.plain import plain
 from ditrelay.runtime.activity import Activity, follow
 from ditrelay.runtime.event_relay import EventRelay
+from ditrelay.runtime.pictures.pictures import Picture
 from ditrelay.runtime.placement import Advice
 from ditrelay.runtime.request import Sampling, SamplingParams, spread
 from ditrelay.runtime.server_args import ServerArgs
@@ -20,6 +22,8 @@ from ditrelay.runtime.tickets import Progress, Result, Ticket, cancelled_on_erro
 from ditrelay.runtime.trace import TraceFiles
 
 __all__ = ["AsyncEngine", "AsyncTicket"]
+
+_SMALL = 1 << 16  # bytes of a picture whose parts are counted in no time; others on a thread
 
 
 class AsyncTicket:
@@ -53,7 +57,7 @@ class AsyncTicket:
         self._ticket.cancel()
 
 
-def _retrieved(future: asyncio.Future[Result]) -> None:
+def _retrieved(future: asyncio.Future[Any]) -> None:
     """Nobody may wait for it any more, and asyncio would say that its exception was never retrieved."""
     if not future.cancelled():
         future.exception()
@@ -88,8 +92,43 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
-    async def submit(self, params: SamplingParams) -> AsyncTicket:
-        return AsyncTicket(self._engine.submit(params))
+    async def submit(self, params: SamplingParams, *, client: str = "") -> AsyncTicket:
+        """As ``Engine.submit``. Where the awaiting task is cancelled, so is the decoding of its picture."""
+        resolved, picture = await self._resolve(params)
+        if picture is None:
+            return AsyncTicket(self._engine.submit_decoded(resolved))
+        pixels = await self._pixels(resolved, picture, client)
+        return AsyncTicket(self._engine.submit_decoded(resolved, picture, pixels))
+
+    async def check_picture(self, params: SamplingParams, *, client: str = "") -> SamplingParams:
+        """``params`` resolved, for a later ``submit``, where their picture can be decoded.
+
+        Raises:
+            InvalidRequest: as ``submit`` does.
+            QueueFull: too many pictures are held.
+        """
+        resolved, picture = await self._resolve(params)
+        if picture is not None:
+            await self._pixels(resolved, picture, client)
+        return resolved
+
+    async def _resolve(self, params: SamplingParams) -> tuple[SamplingParams, Picture | None]:
+        params = plain(params)
+        is_small = len(params.image or b"") <= _SMALL
+        pictures = self._engine.pictures
+        picture = pictures.open(params) if is_small else await asyncio.to_thread(pictures.open, params)
+        return self.card.resolve(params, picture.file if picture else None), picture
+
+    async def _pixels(self, resolved: SamplingParams, picture: Picture, client: str) -> bytes:
+        limit = self.args.request_timeout
+        with self._engine.pictures.decoding(picture, resolved, client) as decoded:
+            future = asyncio.wrap_future(decoded)
+            future.add_done_callback(_retrieved)
+            try:
+                return await asyncio.wait_for(asyncio.shield(future), limit)
+            except TimeoutError:
+                reason = f"its picture was not decoded within --request-timeout {limit:g} s"
+                raise RequestFailed("with a picture", reason) from None
 
     @overload
     async def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too

@@ -14,16 +14,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack, overload
 
+from msgspec.structs import replace
 from PIL import Image
 
 from ditrelay.errors import ConfigError, EngineClosed, RequestFailed, StartupError, settings_as_fields
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import preload
+from ditrelay.models.plain import plain
 from ditrelay.runtime.activity import Watcher
 from ditrelay.runtime.admission import Admission
 from ditrelay.runtime.launcher import LocalLauncher, no_interrupts, resolve_device
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
+from ditrelay.runtime.pictures.decoder import PictureDecoder
+from ditrelay.runtime.pictures.pictures import Picture, Pictures
 from ditrelay.runtime.placement import Advice, advise, measured
 from ditrelay.runtime.request import Request, Sampling, SamplingParams, spread
 from ditrelay.runtime.request_log import RequestLog
@@ -56,6 +60,7 @@ class Engine:
 
     Attributes:
         trace_files: the timeline that ``close`` has written, where ``args.trace`` asks for one.
+        pictures: those that requests start from.
 
     Raises:
         ConfigError: a setting is wrong, the model folder is incomplete or its family is not supported.
@@ -89,6 +94,12 @@ class Engine:
         self._controller: Controller | None = None
         url = args.traces_url()
         self._telemetry = Telemetry(url, args.model_name) if url else None
+        self.pictures = Pictures(
+            self.card,
+            PictureDecoder(),
+            max_bytes=args.max_total_bytes,
+            retry_after=lambda: self.status().retry_after,
+        )
 
     # ------------------------------------------------------------ life
 
@@ -138,8 +149,8 @@ class Engine:
         """One short request per unit, at once, so that every rank has computed before the first client."""
         count = max(len(self.topology.encoders), len(self.topology.replicas), len(self.topology.decoders))
         image = _grey_picture(self.card) if self.card.needs_image else None
-        params = self.card.resolve(SamplingParams(prompt="warm-up", num_inference_steps=2, seed=0, image=image))
-        tickets = [self._submit(params) for _ in range(min(count, self.args.max_queue))]
+        params = SamplingParams(prompt="warm-up", num_inference_steps=2, seed=0, image=image)
+        tickets = [self.submit(params) for _ in range(min(count, self.args.max_queue))]
         limit = self.args.startup_timeout
         try:
             for ticket in tickets:
@@ -155,6 +166,7 @@ class Engine:
         """End all workers; requests that are not done fail. May be called twice."""
         self._closing.set()
         atexit.unregister(self.close)
+        self.pictures.close()
         if self._controller is not None:
             self._controller.stop(timeout)
         self._log.close("the engine is shut down")
@@ -182,23 +194,41 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, params: SamplingParams) -> Ticket:
-        """Accept one request.
+    def submit(self, params: SamplingParams, *, client: str = "") -> Ticket:
+        """Accept one request. A picture to start from is decoded first, in a process of its own.
+
+        Args:
+            client: whose it is; one client's pictures are decoded one after the other.
 
         Raises:
             InvalidRequest: a parameter is wrong, or the size is too large for the ranks' memory; names it.
-            QueueFull: too many requests wait.
+            QueueFull: too many requests wait, or too many pictures are held.
             EngineClosed: the engine does not run.
         """
-        return self._submit(self.card.resolve(params))
+        params = plain(params)
+        picture = self.pictures.open(params)
+        resolved = self.card.resolve(params, picture.file if picture else None)
+        if picture is None:
+            return self.submit_decoded(resolved)
+        with self.pictures.decoding(picture, resolved, client) as decoded:
+            limit = self.args.request_timeout
+            try:
+                return self.submit_decoded(resolved, picture, decoded.result(limit))
+            except TimeoutError:
+                reason = f"its picture was not decoded within --request-timeout {limit:g} s"
+                raise RequestFailed("with a picture", reason) from None
 
-    def _submit(self, params: SamplingParams) -> Ticket:
+    def submit_decoded(
+        self, params: SamplingParams, picture: Picture | None = None, pixels: bytes | None = None
+    ) -> Ticket:
+        """Accept resolved ``params``, which start from ``pixels`` of ``picture``. For ``AsyncEngine``."""
         if self._controller is None:
             raise EngineClosed("the engine is not started")
         request = Request(request_id=uuid.uuid4().hex[:16], params=params)
-        ticket = Ticket(request, self._cancel)
+        ticket = Ticket(request, self._cancel, picture)
         self._log.open(request, ticket, limit=self.args.max_queue)
-        self._controller.post(Submit(request))
+        sent = request if pixels is None else replace(request, params=replace(params, image=pixels))
+        self._controller.post(Submit(sent))
         return ticket
 
     def _cancel(self, request_id: str) -> None:

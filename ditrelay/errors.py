@@ -84,6 +84,15 @@ class QueueFull(DitrelayError):
         self.retry_after = retry_after
 
 
+class PicturesFull(QueueFull):
+    """Pictures to start from take all the memory that they may; try again after ``retry_after`` seconds."""
+
+    def __init__(self, limit: int, retry_after: int) -> None:
+        reason = f"decoded pictures with {limit} bytes are held (--max-total-bytes)"
+        DitrelayError.__init__(self, f"{reason}; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
 class RequestFailed(DitrelayError):
     """A request ended without a picture."""
 

@@ -163,7 +163,10 @@ class FakeEngine:
             retry_after=9,
         )
 
-    async def submit(self, params: SamplingParams) -> FakeTicket:
+    async def check_picture(self, params: SamplingParams, *, client: str = "") -> SamplingParams:
+        return self.card.resolve(params)
+
+    async def submit(self, params: SamplingParams, *, client: str = "") -> FakeTicket:
         if self.closed:
             raise EngineClosed("the engine is closed")
         if not params.prompt:
@@ -225,7 +228,7 @@ class CardEngine(FakeEngine):
 
     model_card = EMOJI
 
-    async def submit(self, params: SamplingParams) -> FakeTicket:
+    async def submit(self, params: SamplingParams, *, client: str = "") -> FakeTicket:
         return await super().submit(self.model_card.resolve(params))
 
 

@@ -95,7 +95,7 @@ def test_a_seed_is_drawn_where_none_is_given_and_kept_where_one_is(emoji: ModelC
         ("seed", {"seed": -1}, "0 to 9223372036854775807"),
         ("seed", {"seed": 2**63}, "0 to 9223372036854775807"),
         ("num_frames", {"num_frames": 2}, "allowed: 1"),
-        ("image", {"image": b"x"}, "allowed: a PNG, JPEG or WebP picture"),
+        ("image", {"image": b"x"}, "allowed: a PNG, JPEG, WebP, AVIF or GIF picture"),
         ("image", {"image": "apple.png"}, "a str is not allowed; allowed: the bytes of a PNG"),
         ("strength", {"strength": 0.5}, "there is none; leave it out"),
         ("strength", {"image": PNG, "strength": 0.0}, "above 0, and at most 1"),
@@ -186,6 +186,36 @@ def test_a_clip_has_the_proportions_of_its_picture_and_as_many_pixels_as_the_def
     assert (params.width, params.height) == expected
 
 
+@pytest.mark.parametrize(
+    ("limits", "sides", "expected"),
+    [
+        ({"max_side": 1024}, (2400, 1200), (1024, 512)),
+        ({"max_side": 1024}, (1200, 2400), (512, 1024)),
+        ({"max_side": 1024, "max_width": 512}, (2400, 1200), (512, 256)),
+        ({"max_side": 1024, "max_height": 256}, (1200, 2400), (128, 256)),
+        ({"max_side": 1000}, (2000, 1000), (992, 496)),
+    ],
+)
+def test_where_a_side_would_be_too_long_both_are_made_smaller_and_nothing_is_squeezed(
+    emoji: ModelCard, limits: dict[str, int], sides: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    card = msgspec.structs.replace(emoji, default_width=4096, default_height=4096, max_pixels=1 << 30, **limits)
+    params = card.resolve(SamplingParams(prompt="x", image=picture(*sides)))
+    assert (params.width, params.height) == expected
+
+
+@pytest.mark.parametrize(("given", "sides"), [({"height": 1024}, (200, 100)), ({"width": 1024}, (100, 200))])
+def test_a_side_whose_other_side_would_be_too_long_is_refused_by_its_name(
+    emoji: ModelCard, given: dict[str, int], sides: tuple[int, int]
+) -> None:
+    card = msgspec.structs.replace(emoji, max_side=1024, max_pixels=1 << 30)
+    [name] = given
+    with pytest.raises(InvalidRequest, match=f"{name}: .*other side has 2048 pixels; allowed: at most 1024"):
+        card.resolve(SamplingParams(prompt="x", image=picture(*sides), **given))
+    both = card.resolve(SamplingParams(prompt="x", image=picture(*sides), height=1024, width=1024))
+    assert (both.width, both.height) == (1024, 1024)
+
+
 def test_a_model_that_edits_no_pictures_refuses_one_and_a_strength() -> None:
     card = load_card("builtin:timed")
     with pytest.raises(InvalidRequest, match="image: this model takes no picture"):
@@ -227,7 +257,7 @@ def test_a_video_model_names_the_nearest_allowed_number_of_frames(tiny_root: Pat
 
 def test_an_image_to_video_model_asks_for_the_picture(tiny_root: Path) -> None:
     card = load_card(str(tiny_models.build("wan-i2v", tiny_root)))
-    with pytest.raises(InvalidRequest, match="image: .*PNG, JPEG or WebP"):
+    with pytest.raises(InvalidRequest, match="image: .*PNG, JPEG, WebP, AVIF or GIF"):
         card.resolve(SamplingParams(prompt="x"))
 
 

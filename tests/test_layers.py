@@ -61,6 +61,8 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime.pipelines_core.media",
             "ditrelay.runtime.pipelines_core.stages",
             "ditrelay.runtime.pipelines_core.stages.*",
+            "ditrelay.runtime.pictures",
+            "ditrelay.runtime.pictures.*",
         ),
     ),
     (4, ("ditrelay.runtime.pipelines_core.executors", "ditrelay.runtime.pipelines_core.executors.*")),

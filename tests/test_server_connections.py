@@ -237,7 +237,7 @@ def test_events_that_are_not_read_end_their_stream() -> None:
             client.close()
 
     class Loud(FakeEngine):
-        async def submit(self, params: Any) -> Any:
+        async def submit(self, params: Any, **how: object) -> Any:
             ticket = await super().submit(params)
             ticket._ended.result().__dict__["media"] = PICTURE
             return ticket
@@ -422,7 +422,7 @@ def test_spares_are_given_and_taken_back() -> None:
 
 def test_a_request_for_which_no_file_can_be_opened_is_503_and_no_traceback(caplog: Any) -> None:
     class Exhausted(FakeEngine):
-        async def submit(self, params: Any) -> Any:
+        async def submit(self, params: Any, **how: object) -> Any:
             raise OSError(errno.EMFILE, "Too many open files")
 
     async def main() -> httpx.Response:

@@ -227,7 +227,7 @@ def test_a_role_that_is_gone_for_good_is_503_also_for_requests_that_run():
 class LosesRole(FakeEngine):
     """Loses a role between the submission of a request and its end."""
 
-    async def submit(self, params):
+    async def submit(self, params, **how: object):
         self.lost_roles = (("decode", "worker 2 died"),)
         return await super().submit(params)
 

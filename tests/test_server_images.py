@@ -210,7 +210,7 @@ def test_a_server_that_drops_a_request_cancels_its_pictures():
 
 def test_one_failed_picture_cancels_the_others_of_its_request():
     class SecondFails(FakeEngine):
-        async def submit(self, params):
+        async def submit(self, params, **how: object):
             prompt = "[fail]" if self.tickets else "[wait]"
             return await super().submit(msgspec.structs.replace(params, prompt=prompt))
 

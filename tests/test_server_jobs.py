@@ -73,7 +73,7 @@ class StepTicket(FakeTicket):
 
 
 class StepEngine(FakeEngine):
-    async def submit(self, params: SamplingParams) -> FakeTicket:
+    async def submit(self, params: SamplingParams, **how: object) -> FakeTicket:
         ticket = StepTicket(f"r{len(self.tickets)}", self.card.resolve(params))
         self.tickets.append(ticket)
         return ticket
@@ -525,7 +525,7 @@ def test_a_video_is_made_in_the_trace_of_who_asked_for_it(tmp_path):
     seen = []
 
     class Traced(StepVideos):
-        async def submit(self, params: SamplingParams) -> FakeTicket:
+        async def submit(self, params: SamplingParams, **how: object) -> FakeTicket:
             seen.append((params.seed, caller()))
             return await super().submit(params)
 

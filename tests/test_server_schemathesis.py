@@ -44,7 +44,7 @@ class EasyEngine(CardEngine):
         guidance_above=-1.0,
     )
 
-    async def submit(self, params: SamplingParams) -> FakeTicket:
+    async def submit(self, params: SamplingParams, **how: object) -> FakeTicket:
         resolved = self.model_card.resolve(params)
         return await FakeEngine.submit(self, msgspec.structs.replace(resolved, height=None))
 

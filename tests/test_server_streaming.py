@@ -66,7 +66,7 @@ def test_while_a_picture_is_decoded_all_its_steps_are_done():
                 yield each
 
     class DecodedEngine(FakeEngine):
-        async def submit(self, params):
+        async def submit(self, params, **how: object):
             self.tickets.append(Decoded("r", msgspec.structs.replace(params, seed=1)))
             return self.tickets[-1]
 
@@ -87,7 +87,7 @@ def test_previews_come_in_openais_form_and_in_the_format_asked_for(kind):
                     yield dataclasses.replace(each, preview=jpeg.getvalue())
 
     class PreviewEngine(FakeEngine):
-        async def submit(self, params):
+        async def submit(self, params, **how: object):
             assert params.previews == 2
             self.tickets.append(Previewed("r", msgspec.structs.replace(params, seed=1)))
             return self.tickets[-1]
@@ -130,7 +130,7 @@ def test_a_failure_in_the_middle_is_the_last_event_in_openais_form(prompt, code)
 
 def test_one_failed_picture_ends_the_stream_and_cancels_the_others():
     class SecondFails(FakeEngine):
-        async def submit(self, params):
+        async def submit(self, params, **how: object):
             prompt = "[fail]" if self.tickets else "[wait]"
             return await super().submit(msgspec.structs.replace(params, prompt=prompt))
 

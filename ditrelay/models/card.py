@@ -9,8 +9,9 @@ from typing import Any, get_args
 import msgspec
 
 from ditrelay.errors import ConfigError, InvalidRequest, UnsupportedModel
-from ditrelay.models.edits import check_start, starting_size, starting_strength
+from ditrelay.models.edits import check_start, starting_picture, starting_size, starting_strength
 from ditrelay.models.folder import BUILTIN_PREFIX, ModelFolder, find_folder
+from ditrelay.models.picture_files import PictureFile
 from ditrelay.models.plain import plain
 from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Builtin, Family, Media, find_family
 from ditrelay.models.sizes import Sizes, sizes_of
@@ -80,14 +81,18 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     text_tokens: int | None = None
     previews: bool = False
 
-    def resolve(self, params: SamplingParams) -> SamplingParams:
+    def resolve(self, params: SamplingParams, picture: PictureFile | None = None) -> SamplingParams:
         """``params`` with every default filled in and a seed drawn where none is given.
+
+        Args:
+            picture: what the file of ``params.image`` says of itself, where that was read before.
 
         Raises:
             InvalidRequest: names the field and says what is allowed.
         """
         params = plain(params)
-        height, width = starting_size(self, params)
+        picture = starting_picture(self, params, picture)
+        height, width = starting_size(self, params, picture)
         resolved = msgspec.structs.replace(
             params,
             height=self.default_height if height is None else height,
@@ -107,7 +112,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         _check_range("num_inference_steps", resolved.num_inference_steps, self.min_steps, self.max_steps)
         _check_range("seed", resolved.seed, 0, _SEED_LIMIT - 1)
         _check_guidance(self, params, resolved)
-        check_start(self, resolved)
+        check_start(self, resolved, picture)
         _check_file(self, resolved)
         _check_previews(self, resolved)
         return resolved

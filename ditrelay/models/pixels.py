@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ditrelay.errors import InvalidRequest
+from ditrelay.models.picture_decoding import ERRORS, decode
+from ditrelay.models.picture_files import MAX_PIXELS
+from ditrelay.models.raw_picture import unpack
 from ditrelay.runtime.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -19,14 +20,20 @@ if TYPE_CHECKING:
 def open_image(params: SamplingParams) -> Image.Image:
     """The request's picture, upright and as RGB.
 
+    From an engine it comes as pixels (``raw_picture``): no rank decodes what a client has sent. A file is for those
+    who run stages by themselves.
+
     Raises:
         InvalidRequest: it is no picture that Pillow reads.
     """
+    content = params.image or b""
     try:
-        with Image.open(io.BytesIO(params.image or b""), formats=("PNG", "JPEG", "WEBP")) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidRequest("image", f"it can't be read ({error}); allowed: a whole PNG, JPEG or WebP") from error
+        if (raw := unpack(content)) is not None:
+            return Image.frombytes("RGB", *raw)
+        return decode(content, most=MAX_PIXELS)
+    except ERRORS as error:
+        reason = f"it can't be read ({error}); allowed: a whole PNG, JPEG, WebP, AVIF or GIF"
+        raise InvalidRequest("image", reason) from error
 
 
 def stretched(image: Image.Image, params: SamplingParams) -> Image.Image:
@@ -36,16 +43,6 @@ def stretched(image: Image.Image, params: SamplingParams) -> Image.Image:
     """
     size = (params.width or image.width, params.height or image.height)
     return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """What is transparent becomes white: what lies under it, black as a rule, nobody has seen."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def to_frames(pixels: torch.Tensor) -> Frames:

@@ -54,6 +54,6 @@ def _text(name: str, value: Any) -> str:
 
 def _picture(value: Any) -> bytes:
     if not isinstance(value, bytes | bytearray | memoryview):
-        reason = f"a {type(value).__name__} is not allowed; allowed: the bytes of a PNG, JPEG or WebP file"
+        reason = f"a {type(value).__name__} is not allowed; allowed: the bytes of a PNG, JPEG, WebP, AVIF or GIF file"
         raise InvalidRequest("image", reason)
     return bytes(value)

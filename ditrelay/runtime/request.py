@@ -27,7 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         num_inference_steps: denoising steps.
         guidance_scale: strength of guidance, in the units of the model's own pipeline.
         seed: seed of the CPU noise generator, 0 <= seed < 2**63; drawn at submission when absent.
-        image: an encoded picture (PNG, JPEG, WebP) to start from, for image-to-video and image-to-image.
+        image: the file of a picture (PNG, JPEG, WebP, AVIF, GIF) to start from, for image-to-video and image-to-image.
         strength: image-to-image: how much of the picture is drawn anew, 0 < strength <= 1; as many steps are left out.
         output_format: of a picture's file; PNG where absent. Clips are MP4 files whatever it says.
         output_compression: quality of a JPEG or WebP file, 0 (smallest file) to 100 (the default: finest picture).

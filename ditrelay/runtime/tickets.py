@@ -131,8 +131,9 @@ class Result:
 class Ticket:
     """One submitted request. Usable from any thread."""
 
-    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
+    def __init__(self, request: Request, cancel: Callable[[str], None], shared: object = None) -> None:
         self.request_id = request.request_id
+        self._shared = shared  # with other requests, for as long as this one has not ended
         self.params = request.params
         self._cancel = cancel
         self.future: Future[Result] = Future()
@@ -203,10 +204,12 @@ class Ticket:
             self._subscribers.remove(callback)
 
     def succeed(self, result: Result, at: float) -> None:
+        self._shared = None
         self.future.set_result(result)
         self.report(Progress(self.request_id, RequestState.DONE, at=at))
 
     def fail(self, error: Exception, state: RequestState, at: float) -> None:
+        self._shared = None
         self.future.set_exception(error)
         self.report(Progress(self.request_id, state, at=at))
 

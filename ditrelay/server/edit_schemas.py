@@ -26,7 +26,8 @@ class ImageEditRequest(ImageGenerationRequest):
 
     image: str | PictureReference | None = Field(
         None,
-        description="The picture to start from, PNG, JPEG or WebP: one file of a form (image, image[]), or a data URL.",
+        description="The picture to start from (PNG, JPEG, WebP, AVIF, GIF): a file of a form (image, image[]), or a "
+        "data URL.",
     )
     strength: Share | None = Field(
         None,

@@ -22,6 +22,7 @@ from ditrelay.server import detached
 from ditrelay.server.bodies import page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.files import FileStore
+from ditrelay.server.held_bytes import client_of
 from ditrelay.server.image_jobs import ImageJob
 from ditrelay.server.live import Live
 from ditrelay.server.problem import RESPONSES, SERVER, ApiError, shutting_down
@@ -96,13 +97,15 @@ async def respond(body: PictureRequest, request: Request, context: Context) -> R
     _check_draws(context.engine)
     body.check_stream()
     context.check_open()
+    client = client_of(request.scope)
     if body.stream:
-        return EventStream(lambda emit: _stream(context, body, emit))
+        return EventStream(lambda emit: _stream(context, body, client, emit))
     if detached.is_preferred(request):
-        return await detached.accept(context, request, _submitted(context, body, context.files))
+        return await detached.accept(context, request, _submitted(context, body, client, context.files))
     as_url = body.response_format != "b64_json"
+    files = context.files if as_url else context.recent_files
     with context.taken():
-        drawn = await while_connected(request, _draw(context, body, context.files if as_url else context.recent_files))
+        drawn = await while_connected(request, _draw(context, body, client, files))
     results = [result for _, result in drawn]
     answer = ImagesResponse(
         created=int(time.time()),
@@ -146,16 +149,16 @@ def _check_draws(engine: AsyncEngine) -> None:
         raise ApiError(400, f"model: {reason}", param="model", code="unsupported_model")
 
 
-async def _draw(context: Context, body: PictureRequest, files: FileStore) -> list[tuple[ImageJob, Result]]:
+async def _draw(context: Context, body: PictureRequest, client: str, files: FileStore) -> list[tuple[ImageJob, Result]]:
     """All pictures of one request, in order."""
-    async with _submitted(context, body, files) as jobs:
+    async with _submitted(context, body, client, files) as jobs:
         return list(zip(jobs, await asyncio.gather(*(job.result() for job in jobs)), strict=True))
 
 
-async def _stream(context: Context, body: PictureRequest, emit: Emit) -> None:
+async def _stream(context: Context, body: PictureRequest, client: str, emit: Emit) -> None:
     """Tells every picture's progress, and each when it is finished; the first that fails ends them all."""
     with context.taken():
-        async with _submitted(context, body, context.recent_files) as jobs:
+        async with _submitted(context, body, client, context.recent_files) as jobs:
             told = [_Told(index, job, body.events, emit) for index, job in enumerate(jobs)]
             following = [asyncio.ensure_future(each.follow(context)) for each in told]
             try:
@@ -226,14 +229,16 @@ class _Told:
 
 
 @asynccontextmanager
-async def _submitted(context: Context, body: PictureRequest, files: FileStore) -> AsyncIterator[list[ImageJob]]:
+async def _submitted(
+    context: Context, body: PictureRequest, client: str, files: FileStore
+) -> AsyncIterator[list[ImageJob]]:
     """Around the wait for all pictures of one request. Whatever ends it before that cancels those not finished."""
     timeout = context.engine.args.request_timeout
     jobs: list[ImageJob] = []
     try:
         async with asyncio.timeout(timeout):
             for params in body.sampling_params():
-                jobs.append(context.images.follow(await context.engine.submit(params), files))
+                jobs.append(context.images.follow(await context.engine.submit(params, client=client), files))
             yield jobs
     except InvalidRequest as error:
         raise body.as_written(error) from None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,20 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ditrelay.errors import InvalidRequest
 from ditrelay.models.picture_files import read_picture
+from ditrelay.server.data_urls import payload_of, unpack
 from ditrelay.server.remote_media import RemoteMedia
 
-_DATA_URL = re.compile(r"data:(image/[a-z0-9+.-]{1,20});base64,", re.IGNORECASE)
-_PIECE = 1 << 20  # of base64 text: a multiple of four characters
+_SMALL = 1 << 16  # what is read in no time; more of it on a thread, so that others go on
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
-# What a client may call the kinds that are taken; None: it says nothing of the kind.
-_DECLARED = {
-    "image/png": "png",
-    "image/jpeg": "jpeg",
-    "image/jpg": "jpeg",
-    "image/webp": "webp",
-    "application/octet-stream": None,
-    "": None,
-}
 
 
 class PictureReference(BaseModel):
@@ -39,7 +28,8 @@ class PictureReference(BaseModel):
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of a form: its bytes, and the type that the client says it has ("": it says none)."""
+    """A file of a form: its bytes, and the type that the client says it has ("": it says none). A picture's content
+    decides what it is, whatever it is said to be."""
 
     content: bytes
     media_type: str
@@ -61,31 +51,29 @@ async def picture_of(
         count: as ``RemoteMedia.fetch`` has it.
 
     Raises:
-        InvalidRequest: it is no picture that is allowed (see ``read_picture``), is declared to be of another type, or
-            comes from where none is taken from.
+        InvalidRequest: it is no picture that is allowed (see ``read_picture``), or comes from where none is taken from.
         ApiError: 429; too many pictures are fetched at a time.
     """
     try:
-        found = source if isinstance(source, Upload) else await _referred(_address(source), remote, count)
-        _check_declared(found.media_type, read_picture(found.content).kind)
+        content = source.content if isinstance(source, Upload) else await _referred(_address(source), remote, count)
+        if len(content) <= _SMALL:
+            read_picture(content)
+        else:
+            await asyncio.to_thread(read_picture, content)
     except InvalidRequest as error:
         raise InvalidRequest(param, error.reason) from error
-    return found.content
+    return content
 
 
 def _address(source: PictureReference | str) -> str:
     return source.image_url if isinstance(source, PictureReference) else source
 
 
-async def _referred(address: str, remote: RemoteMedia | None, count: Callable[[int], None]) -> Upload:
-    if match := _DATA_URL.match(address):
-        try:
-            return Upload(await _decoded(address[match.end() :]), match[1].lower())
-        except (binascii.Error, ValueError):
-            raise InvalidRequest("image", "its data URL holds no base64; allowed: data:image/png;base64,...") from None
+async def _referred(address: str, remote: RemoteMedia | None, count: Callable[[int], None]) -> bytes:
+    if (found := payload_of(address)) is not None:
+        return await _unpacked(*found)
     if remote is not None and _ADDRESS.match(address):
-        fetched = await remote.fetch(address, count=count)
-        return Upload(fetched.content, (fetched.media_type or "").partition(";")[0].strip().lower())
+        return (await remote.fetch(address, count=count)).content
     others = f"http(s) at {', '.join(remote.hosts)}" if remote else "no other address"
     raise InvalidRequest(
         "image",
@@ -93,16 +81,11 @@ async def _referred(address: str, remote: RemoteMedia | None, count: Callable[[i
     )
 
 
-async def _decoded(text: str) -> bytes:
-    """Raises ``ValueError``. A large text takes a third of a second: in pieces on a thread, so that others go on."""
-    if len(text) <= _PIECE:
-        return base64.b64decode(text, validate=True)
-    pieces = [text[at : at + _PIECE] for at in range(0, len(text), _PIECE)]
-    return await asyncio.to_thread(lambda: b"".join(base64.b64decode(piece, validate=True) for piece in pieces))
-
-
-def _check_declared(declared: str, kind: str) -> None:
-    if declared not in _DECLARED:
-        raise InvalidRequest("image", f"its type is {declared[:40]!r}; allowed: image/png, image/jpeg, image/webp")
-    if _DECLARED[declared] not in (None, kind):
-        raise InvalidRequest("image", f"its type is {declared!r} and its content image/{kind}; allowed: the same")
+async def _unpacked(payload: str, is_base64: bool) -> bytes:
+    try:
+        if len(payload) <= _SMALL:
+            return unpack(payload, is_base64=is_base64)
+        return await asyncio.to_thread(unpack, payload, is_base64=is_base64)
+    except ValueError as error:
+        reason = f"its data URL holds no {'base64' if is_base64 else 'data'} ({str(error)[:80]})"
+        raise InvalidRequest("image", f"{reason}; allowed: data:image/png;base64,...") from None

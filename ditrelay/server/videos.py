@@ -15,12 +15,13 @@ from ditrelay.errors import InvalidRequest
 from ditrelay.runtime.request import SamplingParams
 from ditrelay.server.bodies import Body, picture_page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
-from ditrelay.server.held_bytes import bytes_of
+from ditrelay.server.held_bytes import bytes_of, client_of
 from ditrelay.server.job_store import Job, JobState
 from ditrelay.server.jobs import Jobs, fingerprint
 from ditrelay.server.live import Live
 from ditrelay.server.problem import RESPONSES, ApiError, not_ready, shorten
 from ditrelay.server.router import Router
+from ditrelay.server.streaming import while_connected
 from ditrelay.server.uploads import picture_of
 from ditrelay.server.video_schemas import DeletedVideo, Video, VideoError, VideoList, VideoRequest
 
@@ -61,7 +62,8 @@ async def create_video(
     if idempotency_key is not None and (older := await jobs.call(jobs.store.find, idempotency_key)):
         return _repeated(older, mark, jobs)
     context.check_open()
-    job = await jobs.add(_resolved(body, params, context), key=idempotency_key, fingerprint=mark)
+    resolved = await while_connected(request, _resolved(body, params, context, client_of(request.scope)))
+    job = await jobs.add(resolved, key=idempotency_key, fingerprint=mark)
     if job is None:
         raise _too_many(context)
     return _repeated(job, mark, jobs)
@@ -160,11 +162,13 @@ async def _picture(sent: Body, body: VideoRequest, request: Request, context: Co
     return await picture_of(source, param="input_reference", remote=context.remote, count=bytes_of(request).add)
 
 
-def _resolved(body: VideoRequest, params: SamplingParams, context: Context) -> SamplingParams:
+async def _resolved(body: VideoRequest, params: SamplingParams, context: Context, client: str) -> SamplingParams:
     try:
-        return context.engine.card.resolve(params)
+        return await context.engine.check_picture(params, client=client)
     except InvalidRequest as error:
-        names = {"height": "size", "width": "size", "image": "input_reference"}
+        if error.param == "image":
+            raise InvalidRequest("input_reference", error.reason) from None
+        names = {"height": "size", "width": "size"}
         if body.seconds is not None:
             names["num_frames"] = "seconds"
         if (name := names.get(error.param)) is None:

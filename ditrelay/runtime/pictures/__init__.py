@@ -1,0 +1,1 @@
+"""Clients' pictures are decoded here, in processes of their own."""
