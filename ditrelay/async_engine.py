@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack, overload
 
 from ditrelay.engine import Engine
-from ditrelay.errors import RequestFailed, settings_as_fields
+from ditrelay.errors import START_THREAD, RequestFailed, settings_as_fields
 from ditrelay.models.plain import plain
 from ditrelay.runtime.activity import Activity, follow
 from ditrelay.runtime.event_relay import EventRelay
@@ -75,14 +76,17 @@ class AsyncEngine:
     async def start(self) -> AsyncEngine:
         """As ``Engine.start``. Where the awaiting task is cancelled, the engine is closed."""
         try:
-            await asyncio.to_thread(self._engine.start)
+            # On a thread of its own, which the end of the event loop does not wait for.
+            pool = ThreadPoolExecutor(1, START_THREAD)
+            await asyncio.get_running_loop().run_in_executor(pool, self._engine.start)
         except asyncio.CancelledError:
             await self.close()
             raise
         return self
 
-    async def close(self) -> None:
-        await asyncio.to_thread(self._engine.close)
+    async def close(self, *, at_once: bool = False) -> None:
+        """As ``Engine.close``."""
+        await asyncio.to_thread(self._engine.close, at_once=at_once)
 
     async def __aenter__(self) -> AsyncEngine:
         return await self.start()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from ditrelay.__main__ import EXIT_INTERRUPTED
 from ditrelay._version import __version__
 from ditrelay.cli_flags import BOOLEANS_HELP, REQUEST_FLAGS, SettingsCommand, with_flags
 from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(name="ditrelay", add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -92,7 +92,11 @@ def generate(
     ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(help="One prompt a line; - reads standard input.", metavar="FILE", rich_help_panel="Request"),
+        typer.Option(
+            help="One prompt a line; lines that begin with # and a space are comments. - reads standard input.",
+            metavar="FILE",
+            rich_help_panel="Request",
+        ),
     ] = None,
     output: Annotated[
         Path | None,

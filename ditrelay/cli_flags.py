@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import shutil
+import textwrap
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.text import Text
 from typer.core import TyperCommand
 
 from ditrelay.errors import ConfigError
@@ -16,6 +19,9 @@ from ditrelay.runtime.flags import Flag, FlagSpec, format_bytes
 from ditrelay.runtime.server_args import server_flags
 
 Command = Callable[..., int]
+
+# Narrower terminals have no room for the longest option, what it takes and its help side by side.
+_TABLE_COLUMNS = 90
 
 BOOLEANS_HELP = "Booleans are written --flag, --no-flag or --flag true|false."
 
@@ -79,11 +85,12 @@ def _help(flag: Flag, default: object) -> str:
     text = escape(flag.spec.help)
     if flag.spec.choices:
         text += f" One of {', '.join(flag.spec.choices)}."
-    if default is None:
-        return text
-    shown = format_bytes(default) if flag.spec.is_bytes and isinstance(default, int) else str(default)
-    shown = shown.lower() if flag.kind is bool else shown.removesuffix(".0")
-    return f"{text} [dim]{escape(f'[default: {shown}]')}[/dim]"
+    notes = [flag.limits.replace("of at ", "at ")] if flag.limits else []
+    if default is not None:
+        shown = format_bytes(default) if flag.spec.is_bytes and isinstance(default, int) else str(default)
+        notes.append("default: " + (shown.lower() if flag.kind is bool else shown.removesuffix(".0")))
+    shown_notes = escape(f"[{'; '.join(notes)}]")
+    return f"{text} [dim]{shown_notes}[/dim]" if notes else text
 
 
 def _metavar(flag: Flag) -> str:
@@ -92,12 +99,40 @@ def _metavar(flag: Flag) -> str:
 
 
 class SettingsCommand(TyperCommand):
-    """A command that takes booleans in every spelling, and flags spelled with underscores."""
+    """A command that takes booleans in every spelling, and flags spelled with underscores.
+
+    Its help has tables where the terminal has room for them, and else a paragraph per option, with no name cut.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        width = shutil.get_terminal_size().columns
+        if width >= _TABLE_COLUMNS:
+            super().format_help(ctx, formatter)
+            return
+        formatter.width = width
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        heading = None
+        for param in self.get_params(ctx):
+            panel = getattr(param, "rich_help_panel", None) or ("Options" if param.opts[0][0] == "-" else "Arguments")
+            if panel != heading:
+                heading = panel
+                formatter.write(f"\n{panel}:\n")
+            formatter.write(_paragraph(param, width))
+        formatter.write("\n" + textwrap.fill(self.epilog or "", width) + "\n")
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         switches = {flag.option for flag in server_flags() if flag.kind is bool}
         known = {option for param in self.params for option in param.opts}
         return super().parse_args(ctx, normalise(args, switches=switches & known, valued=known - switches))
+
+
+def _paragraph(param: Any, width: int) -> str:
+    """``--seed INTEGER`` and, below it, its help."""
+    text = Text.from_markup(getattr(param, "help", None) or "").plain
+    words = (param.opts[-1] if param.opts[-1].startswith("-") else "", param.metavar or "")
+    lines = textwrap.wrap(text, width - 6)
+    return "\n".join([f"  {' '.join(filter(None, words))}", *(f"      {line}" for line in lines), ""])
 
 
 def normalise(args: Iterable[str], *, switches: Collection[str], valued: Collection[str]) -> list[str]:

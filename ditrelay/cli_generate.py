@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import re
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from ditrelay.cli_files import Folders, format_of, plan_files, reason, write
 from ditrelay.cli_progress import Display, LiveDisplay, PlainDisplay
 from ditrelay.cli_report import print_report
 from ditrelay.cli_run import Job, Outcome, Run
-from ditrelay.errors import ConfigError, DitrelayError, InvalidRequest, QueueFull, RequestFailed
+from ditrelay.errors import START_THREAD, ConfigError, DitrelayError, InvalidRequest, QueueFull, RequestFailed
 from ditrelay.runtime import logs
 from ditrelay.runtime.request import Sampling, SamplingParams, spread
 from ditrelay.runtime.server_args import ServerArgs
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 EngineFactory = Callable[[ServerArgs], "Engine"]
 
-DEFAULT_DIRECTORY = Path("ditrelay-output")
-_MEDIA_SUFFIX = {"image": ".png", "video": ".mp4"}
-_MEDIA_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".mp4", ".webm", ".mov"})
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
 
@@ -71,27 +67,39 @@ def generate(settings: ServerArgs, order: Order, make_engine: EngineFactory = de
         DitrelayError: the engine did not start.
         KeyboardInterrupt: interrupted; what was done by then is in its files.
     """
-    params = _expand(order)
+    if not order.prompts:
+        raise ConfigError("PROMPT", "there is none; give one or more prompts, or --prompt-file")
     engine = make_engine(settings)
+    params = _expand(order, engine.card)
     resolved = _resolve(engine.card, params)
-    jobs = _jobs(engine.card, order, resolved)
     console = Console(stderr=True)
     display = LiveDisplay(console) if console.is_terminal else PlainDisplay(sys.stderr)
-    runner = _Runner(engine, jobs, display)
-    try:
-        with display.starting(engine, settings.num_gpus):
-            logs.configure(settings.log_level)
-            engine.start()
-        with display.running([job.params.prompt for job in jobs]):
-            runner.run()
-    finally:
-        engine.close(timeout=_CLOSE_SECONDS)
-        print_report(runner.report())
+    with Folders() as folders:
+        jobs = plan_files(engine.card, order.output, resolved, folders)
+        runner = _Runner(engine, jobs, display)
+        is_interrupted = False
+        try:
+            with display.starting(engine, settings.num_gpus):
+                logs.configure(settings.log_level)
+                _start(engine)
+            with display.running([job.params.prompt for job in jobs]):
+                runner.run()
+        except KeyboardInterrupt:
+            is_interrupted = True
+            raise
+        finally:
+            engine.close(timeout=_CLOSE_SECONDS, at_once=is_interrupted)
+            print_report(runner.report())
     return runner.report()
 
 
+def _start(engine: Engine) -> None:
+    """On a thread of its own: Ctrl-C must not wait for what it imports."""
+    ThreadPoolExecutor(1, START_THREAD).submit(engine.start).result()
+
+
 def read_prompts(path: Path | None) -> list[str]:
-    """The lines of a prompt file that are not blank; of standard input for ``-``; none for no file.
+    """The lines of a prompt file that are neither blank nor a ``# comment``; of standard input for ``-``.
 
     Raises:
         ConfigError: the file cannot be read or is empty.
@@ -101,8 +109,9 @@ def read_prompts(path: Path | None) -> list[str]:
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("--prompt-file", f"cannot read {path}: {_reason(error)}") from error
-    prompts = [line.strip() for line in text.split("\n") if line.strip()]  # splitlines also cuts at U+2028 and others
+        raise ConfigError("--prompt-file", f"cannot read {path}: {reason(error)}") from error
+    lines = [line.strip() for line in text.split("\n")]  # splitlines also cuts at U+2028 and others
+    prompts = [line for line in lines if line and line != "#" and not line.startswith("# ")]
     if not prompts:
         raise ConfigError("--prompt-file", f"{path} has no prompt; allowed: one prompt a line")
     return prompts
@@ -119,23 +128,15 @@ def read_image(path: Path | None) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError("--image", f"cannot read {path}: {_reason(error)}") from error
+        raise ConfigError("--image", f"cannot read {path}: {reason(error)}") from error
 
 
-def slug(prompt: str) -> str:
-    """``"A red apple!"`` -> ``"a-red-apple"``: a short file name without suffix."""
-    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "output"
-
-
-def _reason(error: OSError | UnicodeDecodeError) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else "it is not UTF-8 text"
-
-
-def _expand(order: Order) -> list[SamplingParams]:
+def _expand(order: Order, card: ModelCard) -> list[SamplingParams]:
     """The requests: every prompt ``num_images`` times, with consecutive seeds where there is one."""
-    if not order.prompts:
-        raise ConfigError("PROMPT", "there is none; give one or more prompts, or --prompt-file")
-    return spread(order.prompts, order.num_images, **order.sampling)
+    sampling = order.sampling.copy()
+    if card.media == "image" and (wanted := format_of(order.output)):
+        sampling["output_format"] = wanted
+    return spread(order.prompts, order.num_images, **sampling)
 
 
 def _resolve(card: ModelCard, params: list[SamplingParams]) -> list[SamplingParams]:
@@ -149,79 +150,6 @@ def _resolve(card: ModelCard, params: list[SamplingParams]) -> list[SamplingPara
             number = f"number {i + 1}: " if len(params) > 1 else ""
             raise ConfigError("PROMPT", f"{number}{error.reason}") from error
     return resolved
-
-
-def _jobs(card: ModelCard, order: Order, params: list[SamplingParams]) -> list[Job]:
-    """A file for each request, in a directory that is there and can be written to: what is drawn must not be lost.
-
-    Raises:
-        ConfigError: ``--output`` cannot be what it is asked to be.
-    """
-    suffix, given = _MEDIA_SUFFIX[card.media], order.output
-    try:
-        if len(params) == 1 and given is not None and given.suffix.lower() in _MEDIA_SUFFIXES:
-            _check_file(given, suffix)
-            return [Job(0, params[0], given, overwrites=True)]
-        if len(params) == 1:
-            path = _make_directory(given or Path()) / (slug(params[0].prompt) + suffix)
-            return [Job(0, params[0], _unused(path))]
-        directory, width = _make_directory(given or DEFAULT_DIRECTORY), len(str(len(params)))
-        names = [f"{i:0{width}}-{slug(each.prompt)}{suffix}" for i, each in enumerate(params, start=1)]
-        return [Job(i, each, _unused(directory / names[i])) for i, each in enumerate(params)]
-    except OSError as error:
-        raise ConfigError("--output", f"cannot write to {given or 'this directory'}: {_reason(error)}") from error
-
-
-def _check_file(path: Path, suffix: str) -> None:
-    if path.suffix.lower() != suffix:
-        raise ConfigError("--output", f"{path}: the model makes {suffix} files; allowed: a name with that suffix")
-    if path.is_dir():
-        raise ConfigError("--output", f"{path} is a directory; allowed: a file name")
-    if not path.exists():
-        _make_directory(path.parent)
-    elif not os.access(path, os.W_OK):
-        raise ConfigError("--output", f"{path} is there and cannot be written to; choose another")
-
-
-def _make_directory(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError("--output", f"cannot make the directory {path}: {_reason(error)}") from error
-    with tempfile.TemporaryFile(dir=path):  # the only way to know, whatever file system it is
-        return path
-
-
-def _unused(path: Path) -> Path:
-    """``path``, with a number where a file of that name exists: a name that nobody chose overwrites nothing."""
-    number, candidate = 1, path
-    while os.path.lexists(candidate):
-        number += 1
-        candidate = path.with_stem(f"{path.stem}-{number}")
-    return candidate
-
-
-def _write(job: Job, media: bytes) -> Path:
-    """The file of ``job``, whole or not there. Where another run has taken a name that nobody chose, it is another.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    path = job.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            file = path.open("wb" if job.overwrites else "xb")
-        except FileExistsError:
-            path = _unused(job.path)
-            continue
-        try:
-            with file:
-                file.write(media)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
-        return path
 
 
 class _Runner:
@@ -292,13 +220,13 @@ class _Runner:
         """Save the result of a request that ended."""
         try:
             result = ticket.result(timeout=0)
-            path = _write(job, result.media)
+            path = write(job, result.media)
         except QueueFull:
             self._waiting.append(job)
         except RequestFailed as error:
             self._end(Outcome(job, error=error.reason))
         except OSError as error:
-            self._end(Outcome(job, error=f"cannot write {job.path}: {_reason(error)}"))
+            self._end(Outcome(job, error=f"cannot write {job.path}: {reason(error)}"))
         except DitrelayError as error:
             self._end(Outcome(job, error=str(error)))
         else:

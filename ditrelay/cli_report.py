@@ -21,7 +21,7 @@ _PIPE_COLUMNS = 120
 _LEAST_PROMPT = 6
 
 # heading -> fields of Timings, added up
-_COLUMNS = {
+_TIMES = {
     "waiting": ("queued", "wait_dit", "wait_decoder"),
     "encode": ("encode",),
     "to DiT": ("to_dit",),
@@ -31,6 +31,9 @@ _COLUMNS = {
     "exposed": ("exposed_transfer",),
     "total": ("total",),
 }
+_COLUMNS = ("seed", *_TIMES)
+# What a narrow terminal goes without, first to last.
+_LEFT_OUT = ("exposed", "to dec.", "to DiT", "seed", "waiting", "encode", "decode")
 
 
 def print_report(run: Run, console: Console | None = None) -> None:
@@ -58,28 +61,34 @@ def report_table(run: Run, width: int) -> Table:
     """One row per request that was done; times in seconds. The prompts take what ``width`` columns leave them.
 
     ``waiting``: in the queue, for a replica, for a decoder. ``to DiT``, ``to dec.``: the transfers. ``exposed``: the
-    part of the transfer to the DiT that a free replica waited for.
+    part of the transfer to the DiT that a free replica waited for. Columns that do not fit are left out and named.
     """
-    rows = [_cells(outcome.result) for outcome in run.outcomes if outcome.result]
-    headings = ("seed", *_COLUMNS)
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    done = [outcome for outcome in run.outcomes if outcome.result]
+    rows = [dict(zip(_COLUMNS, _cells(outcome.result), strict=True)) for outcome in done if outcome.result]
+    widths = {heading: max(len(heading), *(len(row[heading]) for row in rows)) for heading in _COLUMNS}
     number_width = len(str(len(run.outcomes)))
-    room = width - number_width - sum(widths) - len(widths) - 1
+    left_out: list[str] = []
+    while (room := width - number_width - sum(widths.values()) - len(widths) - 1) < _LEAST_PROMPT:
+        if len(left_out) == len(_LEFT_OUT):
+            break
+        left_out.append(_LEFT_OUT[len(left_out)])
+        del widths[left_out[-1]]
     table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False, title="seconds per request", title_justify="left")
+    if left_out:
+        table.caption, table.caption_justify = f"no room for: {', '.join(left_out)}", "left"
     table.add_column("#", justify="right", style="dim", width=number_width)
     table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=max(_LEAST_PROMPT, room))
-    for heading, column_width in zip(headings, widths, strict=True):
+    for heading, column_width in widths.items():
         style = "bold" if heading == "total" else None
         table.add_column(heading, justify="right", no_wrap=True, style=style, width=column_width)
-    done = (outcome for outcome in run.outcomes if outcome.result)
-    for outcome, cells in zip(done, rows, strict=True):
-        table.add_row(str(outcome.job.index + 1), Text(_title(outcome)), *cells)
+    for outcome, row in zip(done, rows, strict=True):
+        table.add_row(str(outcome.job.index + 1), Text(_title(outcome)), *(row[heading] for heading in widths))
     return table
 
 
 def _cells(result: Result) -> tuple[str, ...]:
     timings = result.timings.as_dict()
-    times = (sum(timings[name] for name in names) for names in _COLUMNS.values())
+    times = (sum(timings[name] for name in names) for names in _TIMES.values())
     return str(result.seed), *(f"{seconds:.3f}" for seconds in times)
 
 

@@ -91,6 +91,7 @@ class Engine:
         self.trace_files: TraceFiles | None = None
         self._trace_due = TraceFiles.at(args.trace).check() if args.trace else None
         self._traced_from = 0.0
+        self._launcher: LocalLauncher | None = None
         self._controller: Controller | None = None
         url = args.traces_url()
         self._telemetry = Telemetry(url, args.model_name) if url else None
@@ -113,12 +114,14 @@ class Engine:
         if self._controller is not None:
             raise EngineClosed("the engine was started before; make a new one")
         check_parent()
-        launcher = LocalLauncher(self._device_type, ("ditrelay.runtime.worker", *preload(self.card)))
+        self._launcher = LocalLauncher(self._device_type, ("ditrelay.runtime.worker", *preload(self.card)))
         # Imported here: it takes the head two seconds (torch), during which the workers' imports are under way.
         with no_interrupts():  # half imported, torch can't be imported again
             from ditrelay.runtime.controller import Controller
 
-        self._controller = Controller(self.args, self.card, self.topology, launcher, self._device_type, self._log)
+        if self._closing.is_set():
+            raise EngineClosed("the engine was closed while it started")
+        self._controller = Controller(self.args, self.card, self.topology, self._launcher, self._device_type, self._log)
         try:
             if self._closing.is_set():
                 raise EngineClosed("the engine was closed while it started")
@@ -162,11 +165,19 @@ class Engine:
             raise StartupError(f"the warm-up failed: {error.reason}") from error
         self._traced_from = time.monotonic()
 
-    def close(self, timeout: float = SHUTDOWN_SECONDS) -> None:
-        """End all workers; requests that are not done fail. May be called twice."""
+    def close(self, timeout: float = SHUTDOWN_SECONDS, *, at_once: bool = False) -> None:
+        """End all workers; requests that are not done fail. May be called twice.
+
+        Args:
+            timeout: seconds to wait for the workers' end.
+            at_once: a start that is under way is given up, not waited for, nor are the starts of this process's other
+                engines; for a program that ends.
+        """
         self._closing.set()
         atexit.unregister(self.close)
         self.pictures.close()
+        if at_once and not self._warm:
+            self._abandon_start()
         if self._controller is not None:
             self._controller.stop(timeout)
         self._log.close("the engine is shut down")
@@ -175,6 +186,12 @@ class Engine:
         due, self._trace_due = self._trace_due, None
         if due and self.spans:
             self._write_due_trace(due)
+
+    def _abandon_start(self) -> None:
+        if self._controller is not None:
+            self._controller.stop(0.0)  # what fails from here on is no fault to be told of
+        if self._launcher is not None:
+            self._launcher.abandon()
 
     def _write_due_trace(self, files: TraceFiles) -> None:
         try:

@@ -6,6 +6,8 @@ import contextlib
 import re
 from collections.abc import Iterator
 
+START_THREAD = "ditrelay-start"  # the name of threads that start an engine, which an early end does not wait for
+
 _FLAG = re.compile(r"--(no-)?([a-z][a-z0-9-]*[a-z0-9])")
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import sys
 
-from ditrelay.cli import main
+from ditrelay.__main__ import run
+
+
+def main() -> int:
+    from ditrelay.cli import main as ditrelay
+
+    return ditrelay(["serve", *sys.argv[1:]])
+
 
 if __name__ == "__main__":
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    run(main)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from ditrelay import ServerArgs
+from ditrelay.__main__ import run
 from ditrelay.cli_generate import Order, generate
 from ditrelay.cli_run import Outcome
 from ditrelay.runtime.topology import Topology
@@ -79,4 +79,4 @@ def contact_sheet(outcomes: Sequence[Outcome]) -> Image.Image:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from ditrelay.cli import main as ditrelay
-from ditrelay.errors import ConfigError
-from ditrelay.server.app import listen
+from ditrelay.__main__ import run
 
 PORT = 30000
 FLAGS = (
@@ -14,11 +10,12 @@ FLAGS = (
     "--enable-disagg",
     "--num-gpus=4",
     "--num-non-dit-ranks=1",
-    "--log-level=warning",
 )
 
 
 def main() -> int:
+    from ditrelay.cli import main as ditrelay
+
     port = free_port()
     print(f"The playground is at http://127.0.0.1:{port}/")
     print("The model takes some seconds to load; the page says when it is ready. Ctrl-C ends the server.", flush=True)
@@ -27,6 +24,9 @@ def main() -> int:
 
 def free_port() -> int:
     """The usual one, or another where that is taken."""
+    from ditrelay.errors import ConfigError
+    from ditrelay.server.app import listen
+
     for port in (PORT, 0):
         try:
             with listen("127.0.0.1", port) as listener:
@@ -38,4 +38,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

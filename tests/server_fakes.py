@@ -143,7 +143,7 @@ class FakeEngine:
         if self.closed:
             raise StartupError("the engine is shut down")
 
-    async def close(self) -> None:
+    async def close(self, *, at_once: bool = False) -> None:
         self.closed = True
         self.loaded.set()
         for ticket in self.tickets:

@@ -10,18 +10,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from rich.console import Console
+from typer.testing import CliRunner
 
 from ditrelay import __version__, doctor
-from ditrelay.cli import main
+from ditrelay.cli import app, main
+from ditrelay.cli_files import slug
 from ditrelay.cli_flags import normalise
-from ditrelay.cli_generate import Order, generate, slug
+from ditrelay.cli_generate import Order, generate
 from ditrelay.cli_progress import LiveDisplay, PlainDisplay
 from ditrelay.cli_report import report_table
 from ditrelay.cli_run import Job, Outcome, Run
@@ -31,7 +33,7 @@ from ditrelay.models.card import load_card
 from ditrelay.runtime.metrics import Timings
 from ditrelay.runtime.placement import Advice, StageSeconds, advise
 from ditrelay.runtime.request import Request, RequestState, SamplingParams
-from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.server_args import ServerArgs, server_flags
 from ditrelay.runtime.topology import Topology
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -58,7 +60,7 @@ class FakeEngine:
     def start(self) -> None:
         self.started = True
 
-    def close(self, timeout: float) -> None:
+    def close(self, timeout: float, *, at_once: bool = False) -> None:
         assert timeout <= 10
         self.closed = True
 
@@ -217,7 +219,7 @@ def test_help_names_every_field_of_the_settings(
         (["generate", "a cat", "--prompt-file", "blank.txt"], "--prompt-file: blank.txt has no prompt"),
         (["generate", "a cat", "--prompt-file", "binary"], "--prompt-file: cannot read binary: it is not UTF-8"),
         (["generate", "a cat", "--image", "missing.png"], "--image: cannot read missing.png"),
-        (["generate", "a cat", "--output", "cat.jpg"], "--output: cat.jpg: the model makes .png files"),
+        (["generate", "a cat", "--output", "cat.bmp"], "--output: cat.bmp: the model makes no such files;"),
         (["generate", "a cat", "--output", "blank.txt"], "--output: cannot make the directory blank.txt"),
         (["generate", "a cat", "--output", "folder.png"], "--output: folder.png is a directory"),
         (["serve", "--port", "65536"], "--port: 65536 is not allowed; allowed: an integer from 0 to 65535"),
@@ -275,11 +277,36 @@ def test_several_pictures_go_to_a_directory_with_consecutive_seeds(run: Callable
     assert "wrote 6 files to ditrelay-output/" in ran.out
 
 
-def test_output_is_a_directory_for_several_pictures_whatever_its_suffix(
-    run: Callable[..., Ran], tmp_path: Path
-) -> None:
-    assert run("generate", "a cat", "a dog", "--output", "pets.png").code == 0
-    assert sorted(os.listdir(tmp_path / "pets.png")) == ["1-a-cat.png", "2-a-dog.png"]
+def test_several_pictures_and_the_name_of_one_file_is_refused(run: Callable[..., Ran], tmp_path: Path) -> None:
+    ran = run("generate", "a cat", "a dog", "--output", "pets.png")
+    assert ran.code == 2
+    assert ran.err == "error: --output: pets.png is one file, and 2 are asked for; allowed: a directory\n"
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "old.png").mkdir()  # a folder that is there is one, whatever its name
+    assert run("generate", "a cat", "a dog", "--output", "old.png").code == 0
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("cat.jpg", "jpeg"), ("cat.JPEG", "jpeg"), ("cat.webp", "webp")])
+def test_the_suffix_of_output_chooses_the_format(run: Callable[..., Ran], name: str, wanted: str) -> None:
+    ran = run("generate", "a cat", "--output", name)
+    assert ran.code == 0 and ran.engine is not None
+    assert [params.output_format for params in ran.engine.submitted] == [wanted]
+
+
+def test_comments_of_a_prompt_file_are_not_drawn(run: Callable[..., Ran], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# animals\na cat\n\n#1 dad\n  # more\n#\na dog\n")
+    ran = run("generate", "--prompt-file", "prompts.txt")
+    assert ran.engine is not None
+    assert [params.prompt for params in ran.engine.submitted] == ["a cat", "#1 dad", "a dog"]
+
+
+@pytest.mark.parametrize("columns", [40, 60, 90, 200])
+def test_help_cuts_no_option_short_and_tells_limits(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    shown = CliRunner().invoke(app, ["serve", "--help"]).output
+    assert all(flag.option in shown for flag in server_flags())
+    assert max(map(len, shown.splitlines())) <= columns
+    assert "from 0 to 65535" in " ".join(shown.replace("│", " ").split())
 
 
 def test_prompts_come_from_standard_input(run: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +419,18 @@ def test_report_fits_eighty_columns_and_shows_every_number() -> None:
     assert len(row) <= 80 and "a red" in row
 
 
+@pytest.mark.parametrize("columns", [32, 40, 60])
+def test_report_of_a_narrow_terminal_leaves_columns_out_and_names_them(columns: int) -> None:
+    params = SamplingParams(prompt="a red apple on a blue background", seed=7)
+    console = Console(file=io.StringIO(), width=columns)
+    outcome = Outcome(Job(0, params, Path("x.png")), result_of("r", params))
+    console.print(report_table(Run(1, (outcome,), 1.0, 0.5), columns))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert all(len(line) <= columns for line in shown.splitlines())
+    assert "…" not in shown.split("a red")[0] and "1.500" in shown and "1.900" in shown
+    assert "no room for: exposed" in shown
+
+
 def test_pipe_gets_short_lines_without_control_characters(run: Callable[..., Ran]) -> None:
     ran = run("generate", "a \x1b[31mcat", "[fail] b\x07")
     assert ran.err.splitlines()[0] == "starting 1 worker"
@@ -425,6 +464,15 @@ def test_engine_that_does_not_start_is_one_line_and_exit_code_1(run: Callable[..
     assert ran.engine is not None and ran.engine.closed
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Where the shell runs the tests in the background, they would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_cancels_what_runs_and_exits_130_soon(run: Callable[..., Ran], tmp_path: Path) -> None:
     def interrupt() -> None:
         while not (tmp_path / "ditrelay-output/1-a-cat.png").exists():
@@ -440,25 +488,49 @@ def test_ctrl_c_cancels_what_runs_and_exits_130_soon(run: Callable[..., Ran], tm
     assert "1 of 2 done" in ran.out and "wrote ditrelay-output/1-a-cat.png" in ran.out
 
 
-def test_ctrl_c_while_the_workers_import_is_silent(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "ditrelay",
-        "generate",
-        "a cat",
-        "--model-path",
-        "builtin:timed",
-        "--device",
-        "cpu",
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, start_new_session=True, **pipes)  # type: ignore
-    assert started.stderr is not None and started.stderr.readline() == "starting 1 worker\n"
-    time.sleep(0.3)
-    os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to all of them
-    out, err = started.communicate(timeout=60)
-    assert (started.returncode, out.strip(), err) == (130, "", "")
+def interrupted_after(moment: float, cwd: Path, *words: str, ignores: bool = False) -> tuple[int, str, str, float]:
+    """Ctrl-C in a terminal, ``moment`` seconds after the start: exit code, stdout, stderr, seconds to the end."""
+    disposition = signal.SIG_IGN if ignores else signal.SIG_DFL  # not what the shell of this test run has left
+    started = subprocess.Popen(
+        [sys.executable, "-m", "ditrelay", *words],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, disposition),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        time.sleep(moment)
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to all of them
+        began = time.monotonic()
+        out, err = started.communicate(timeout=60)
+        return started.returncode, out, err, time.monotonic() - began
+    finally:
+        started.kill()
+
+
+@pytest.mark.parametrize("moment", [0.4, 2.5])
+def test_ctrl_c_while_it_starts_ends_it_at_once_with_one_line_and_no_folder(tmp_path: Path, moment: float) -> None:
+    words = ("generate", "a cat", "--num-images=2", "--output=made/here", "--num-gpus=3", "--enable-disagg")
+    code, out, err, _ = interrupted_after(moment, tmp_path, *words, "--num-non-dit-ranks=1", "--device=cpu")
+    lines = [line for line in err.splitlines() if line != "starting 3 workers"]
+    assert (code, out, lines) == (130, "", ["interrupted"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_while_a_server_loads_its_model_does_not_wait_for_it(tmp_path: Path) -> None:
+    code, _, err, seconds = interrupted_after(3, tmp_path, "serve", "--device=cpu", "--port=0", "--num-gpus=4")
+    assert code in (0, 130) and "Traceback" not in err
+    assert seconds < 15  # four workers that all load take longer than this on a loaded machine
+
+
+def test_a_background_job_whose_shell_ignores_ctrl_c_goes_on(tmp_path: Path) -> None:
+    words = ("generate", "a cat", "--model-path=builtin:timed", "--device=cpu")
+    code, out, err, _ = interrupted_after(1, tmp_path, *words, ignores=True)
+    assert code == 0, err
+    assert "wrote a-cat.png" in out
 
 
 def test_modules_in_the_current_folder_are_not_taken_for_pythons_own(tmp_path: Path) -> None:

@@ -397,7 +397,7 @@ def test_warm_up_runs_before_the_engine_is_ready() -> None:
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        (TimeoutError("request r has not ended"), "warm-up was not done within --startup-timeout"),
+        (TimeoutError("request r has not ended"), "warm-up was not done within startup_timeout"),
         (RequestFailed("r", "encode failed"), "the warm-up failed: encode failed"),
     ],
 )

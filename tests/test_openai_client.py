@@ -6,7 +6,6 @@ import base64
 import io
 import os
 import queue
-import signal
 import subprocess
 import sys
 import threading
@@ -53,7 +52,7 @@ def serving(model: str, *flags: str) -> Iterator[openai.OpenAI]:
             with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=20, timeout=SECONDS) as client:
                 yield client
         finally:
-            server.send_signal(signal.SIGINT)
+            server.terminate()
             server.wait(30)
 
 

@@ -271,6 +271,8 @@ class Controller:
                     self._log.reject(action.request_id, action.limit)
 
     def _spawn(self, rank: int) -> None:
+        if self._stopping.is_set():
+            return
         incarnation = self._incarnations[rank] = self._incarnations.get(rank, -1) + 1
         try:
             self._sockets.open(rank, incarnation)
@@ -318,6 +320,8 @@ class Controller:
 
     def _lose(self, rank: int, reason: str) -> None:
         """A worker is gone: before the fleet is up the start has failed, later the scheduler copes."""
+        if self._stopping.is_set():
+            return
         role = role_name(self.topology.roles_of(rank))
         logger.error("rank %d (%s) is down: %s", rank, role, reason)
         self._down_reasons[rank] = reason
@@ -369,10 +373,10 @@ class Controller:
         )
 
     def _end_workers(self) -> None:
-        """Ask every worker to stop, then kill what is left after ``SHUTDOWN_SECONDS``."""
+        """Ask every worker to stop, then kill what is left after ``SHUTDOWN_SECONDS``; or at once, where all start."""
         for rank in self._processes:
             self._sockets.send(Shutdown(rank))
-        until = time.monotonic() + SHUTDOWN_SECONDS
+        until = time.monotonic() + (SHUTDOWN_SECONDS if self.fleet_up.done() else 0.0)
         for process in self._processes.values():
             await_end(process.handle, until - time.monotonic())
             process.handle.kill()

@@ -99,18 +99,15 @@ class Flag:
         noun = "a number" if self.kind is float else "an integer"
         if self.spec.is_bytes:
             noun = "a number of bytes (with a unit or without: 512MiB, 1GiB)"
+        return f"{noun} {self.limits}".rstrip()
+
+    @property
+    def limits(self) -> str:
+        """The smallest and the largest number allowed, in words; nothing where there is neither."""
         if self.spec.minimum is not None and self.spec.maximum is not None:
-            return f"{noun} from {self.spec.minimum:g} to {self.spec.maximum:g}"
-        bounds = [
-            f"{word} {bound:g}"
-            for word, bound in (
-                ("of at least", self.spec.minimum),
-                ("above", self.spec.above),
-                ("of at most", self.spec.maximum),
-            )
-            if bound is not None
-        ]
-        return " and ".join([f"{noun} {bounds[0]}", *bounds[1:]]) if bounds else noun
+            return f"from {self.spec.minimum:g} to {self.spec.maximum:g}"
+        bounds = (("of at least", self.spec.minimum), ("above", self.spec.above), ("of at most", self.spec.maximum))
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
 
     def check(self, value: object) -> object:
         """``value`` as the field keeps it (an int where a float is asked for becomes one).

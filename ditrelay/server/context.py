@@ -120,7 +120,7 @@ class Context:
             self._watching.cancel()
         if self.jobs is not None:
             await self.jobs.close()
-        await self.engine.close()
+        await self.engine.close(at_once=not self.started)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
