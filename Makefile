@@ -12,6 +12,8 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS)
+# In this mode type checkers and editors find the package, too: pip's usual one hides it behind an import hook.
+EDITABLE := --config-settings editable_mode=compat --editable
 
 # A stamp says what .venv holds, so that nothing is installed or downloaded again while these files stay as they are.
 STAMP := $(VENV)/.installed
@@ -69,9 +71,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): $(SOURCES) | $(BIN)/python
-	$(PIP_INSTALL) --editable .
+	$(PIP_INSTALL) $(EDITABLE) .
 	touch $@
 
 $(DEV_STAMP): $(SOURCES) | $(BIN)/python
-	$(PIP_INSTALL) --editable ".[dev]"
+	$(PIP_INSTALL) $(EDITABLE) ".[dev]"
 	touch $(STAMP) $@
