@@ -9,9 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack, overload
 
-from ditrelay.engine import Engine
-from ditrelay.errors import START_THREAD, RequestFailed, settings_as_fields
-from ditrelay.models.plain import plain
+from ditrelay.engine import Engine, not_decoded
+from ditrelay.errors import START_THREAD, settings_as_fields
 from ditrelay.runtime.activity import Activity, follow
 from ditrelay.runtime.event_relay import EventRelay
 from ditrelay.runtime.pictures.pictures import Picture
@@ -99,29 +98,20 @@ class AsyncEngine:
     async def submit(self, params: SamplingParams, *, client: str = "") -> AsyncTicket:
         """As ``Engine.submit``. Where the awaiting task is cancelled, so is the decoding of its picture."""
         resolved, picture = await self._resolve(params)
-        if picture is None:
-            return AsyncTicket(self._engine.submit_decoded(resolved))
-        pixels = await self._pixels(resolved, picture, client)
+        pixels = await self._pixels(resolved, picture, client) if picture else None
         return AsyncTicket(self._engine.submit_decoded(resolved, picture, pixels))
 
     async def check_picture(self, params: SamplingParams, *, client: str = "") -> SamplingParams:
-        """``params`` resolved, for a later ``submit``, where their picture can be decoded.
-
-        Raises:
-            InvalidRequest: as ``submit`` does.
-            QueueFull: too many pictures are held.
-        """
+        """As ``Engine.check_picture``."""
         resolved, picture = await self._resolve(params)
         if picture is not None:
             await self._pixels(resolved, picture, client)
         return resolved
 
     async def _resolve(self, params: SamplingParams) -> tuple[SamplingParams, Picture | None]:
-        params = plain(params)
-        is_small = len(params.image or b"") <= _SMALL
-        pictures = self._engine.pictures
-        picture = pictures.open(params) if is_small else await asyncio.to_thread(pictures.open, params)
-        return self.card.resolve(params, picture.file if picture else None), picture
+        if not isinstance(params.image, bytes) or len(params.image) <= _SMALL:
+            return self._engine.resolve(params)
+        return await asyncio.to_thread(self._engine.resolve, params)
 
     async def _pixels(self, resolved: SamplingParams, picture: Picture, client: str) -> bytes:
         limit = self.args.request_timeout
@@ -131,8 +121,7 @@ class AsyncEngine:
             try:
                 return await asyncio.wait_for(asyncio.shield(future), limit)
             except TimeoutError:
-                reason = f"its picture was not decoded within --request-timeout {limit:g} s"
-                raise RequestFailed("with a picture", reason) from None
+                raise not_decoded(limit) from None
 
     @overload
     async def generate(  # type: ignore[overload-overlap]  # a text is a sequence of texts, too

@@ -72,6 +72,8 @@ def generate(settings: ServerArgs, order: Order, make_engine: EngineFactory = de
     engine = make_engine(settings)
     params = _expand(order, engine.card)
     resolved = _resolve(engine.card, params)
+    if resolved[0].image is not None:  # all start from the same; a damaged one should not cost the start of an engine
+        engine.check_picture(resolved[0])
     console = Console(stderr=True)
     display = LiveDisplay(console) if console.is_terminal else PlainDisplay(sys.stderr)
     with Folders() as folders:

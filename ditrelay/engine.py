@@ -222,18 +222,35 @@ class Engine:
             QueueFull: too many requests wait, or too many pictures are held.
             EngineClosed: the engine does not run.
         """
+        resolved, picture = self.resolve(params)
+        pixels = self._pixels(resolved, picture, client) if picture else None
+        return self.submit_decoded(resolved, picture, pixels)
+
+    def check_picture(self, params: SamplingParams, *, client: str = "") -> SamplingParams:
+        """``params`` resolved, for a later ``submit``, where their picture can be decoded. Needs no start.
+
+        Raises:
+            InvalidRequest: as ``submit`` does.
+            QueueFull: too many pictures are held.
+        """
+        resolved, picture = self.resolve(params)
+        if picture is not None:
+            self._pixels(resolved, picture, client)
+        return resolved
+
+    def resolve(self, params: SamplingParams) -> tuple[SamplingParams, Picture | None]:
+        """``params`` with their defaults, and the picture that they start from. For ``AsyncEngine``."""
         params = plain(params)
         picture = self.pictures.open(params)
-        resolved = self.card.resolve(params, picture.file if picture else None)
-        if picture is None:
-            return self.submit_decoded(resolved)
+        return self.card.resolve(params, picture.file if picture else None), picture
+
+    def _pixels(self, resolved: SamplingParams, picture: Picture, client: str) -> bytes:
+        limit = self.args.request_timeout
         with self.pictures.decoding(picture, resolved, client) as decoded:
-            limit = self.args.request_timeout
             try:
-                return self.submit_decoded(resolved, picture, decoded.result(limit))
+                return decoded.result(limit)
             except TimeoutError:
-                reason = f"its picture was not decoded within --request-timeout {limit:g} s"
-                raise RequestFailed("with a picture", reason) from None
+                raise not_decoded(limit) from None
 
     def submit_decoded(
         self, params: SamplingParams, picture: Picture | None = None, pixels: bytes | None = None
@@ -345,6 +362,11 @@ class Engine:
         """
         model = self.args.served_model_name or display_name(self.args.model_path)
         return write_trace(path, self.spans, self.topology, model=model, since=self._traced_from)
+
+
+def not_decoded(limit: float) -> RequestFailed:
+    """A picture's turn did not come within ``limit`` seconds."""
+    return RequestFailed("with a picture", f"its picture was not decoded within --request-timeout {limit:g} s")
 
 
 def _grey_picture(card: ModelCard) -> bytes:

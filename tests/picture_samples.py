@@ -71,6 +71,14 @@ def many_exif(segments: int) -> bytes:
     return whole[:2] + (b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body) * segments + whole[2:]
 
 
+def many_exif_chunks(count: int) -> bytes:
+    """A WebP with as many Exif parts, the first of which says that it lies on its side."""
+    whole = lying("WEBP")
+    exif = whole[whole.index(b"EXIF") :]
+    body = whole[8:] + exif * (count - 1)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
 def many_scans(scans: int, side: int = 10_000) -> bytes:
     """A progressive JPEG of one colour that says it is ``side`` large; each of its scans is a few bytes."""
     file = io.BytesIO()

@@ -7,7 +7,17 @@ import io
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from picture_samples import animated, chunk, huge, lying, many_exif, many_scans, picture, png_of
+from picture_samples import (
+    animated,
+    chunk,
+    huge,
+    lying,
+    many_exif,
+    many_exif_chunks,
+    many_scans,
+    picture,
+    png_of,
+)
 from PIL import Image
 
 from ditrelay.errors import InvalidRequest
@@ -126,10 +136,11 @@ def test_a_file_that_would_take_long_to_decode_is_refused_before_it_is() -> None
     assert read_picture(picture(64, 64, "JPEG", progressive=True)).width == 64
 
 
-def test_of_many_exif_segments_only_the_first_is_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", [many_exif(60), many_exif_chunks(3000)], ids=["JPEG", "WebP"])
+def test_of_many_exif_parts_only_the_first_is_looked_into(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     monkeypatch.setattr(picture_formats, "_is_turned", lambda exif: bool(looked.append(len(exif))))
-    read_picture(many_exif(60))
+    read_picture(content)
     assert len(looked) == 1
 
 

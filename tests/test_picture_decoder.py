@@ -389,3 +389,12 @@ def test_a_thread_that_cannot_be_started_fails_its_picture(monkeypatch: pytest.M
             future.result(WAIT)
     assert decoder.submit(order()).future.result(WAIT)
     decoder.close()
+
+
+def test_the_command_line_refuses_a_damaged_picture_before_it_starts_anything(tmp_path: Path) -> None:
+    (tmp_path / "damaged.png").write_bytes(png_of(64, 64, 2, 8, short=2000))
+    command = [sys.executable, "-m", "ditrelay", "generate", "a cat", "--image", "damaged.png", "--device", "cpu"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=WAIT, check=False)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("error: ") and "can't be read" in ended.stderr and ended.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged.png"]

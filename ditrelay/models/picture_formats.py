@@ -136,23 +136,25 @@ def _check_scans(header: Header, content: bytes, place: int, end: int) -> None:
 
 def read_webp(content: bytes) -> Header:
     header = Header(complete=len(content) >= 8 + struct.unpack_from("<I", content, 4)[0])
-    place = 12
+    place, exif = 12, False
     for _ in range(_MAX_SIDE_PARTS):
         if place + 8 > len(content):
             return header
         name, size = struct.unpack_from("<4sI", content, place)
-        _read_webp_chunk(header, name, content, place + 8, size)
+        if name != b"EXIF":
+            _read_webp_chunk(header, name, content, place + 8)
+        elif not exif:  # of several only the first counts
+            exif = True
+            header.turned = _is_turned(content[place + 8 : place + 8 + size].removeprefix(b"Exif\0\0"))
         place += 8 + size + size % 2
     raise _too_many("chunks", _MAX_SIDE_PARTS)
 
 
-def _read_webp_chunk(header: Header, name: bytes, content: bytes, start: int, size: int) -> None:
+def _read_webp_chunk(header: Header, name: bytes, content: bytes, start: int) -> None:
     if name == b"VP8X":
         flags, width, height = content[start], content[start + 4 : start + 7], content[start + 7 : start + 10]
         header.animated = bool(flags & 0x02)
         header.width, header.height = (int.from_bytes(side, "little") + 1 for side in (width, height))
-    elif name == b"EXIF":
-        header.turned = _is_turned(content[start : start + min(size, 1 << 16)].removeprefix(b"Exif\0\0"))
     elif name == b"VP8L" and not header.width and content[start] == 0x2F:
         bits = struct.unpack_from("<I", content, start + 1)[0]
         header.width, header.height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1

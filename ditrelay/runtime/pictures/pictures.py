@@ -72,7 +72,7 @@ class Pictures:
             return None
         with self._lock:
             known = self._known.get(id(content))  # it holds the bytes, so that nothing else can have their place
-        if known is None:
+        if known is None or known.content is not content:
             known = Picture(content, read_picture(content))
             with self._lock:
                 known = self._known.setdefault(id(content), known)
