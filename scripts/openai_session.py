@@ -36,13 +36,15 @@ print([model.id for model in client.models.list()])
 PICTURES = (
     CONNECT,
     """
-answer = client.images.generate(prompt="a red apple", n=2, size="128x128", extra_body={"seed": 7})
+answer = client.images.generate(
+    prompt="a red apple", n=2, size="128x128", response_format="url", extra_body={"seed": 7}
+)
 for picture in answer.data:
     print(picture.url, picture.seed, f"{picture.timings['total']:.2f} s")
 """,
     """
 answer = client.images.generate(
-    prompt="a red apple", size="128x128", output_format="webp", response_format="b64_json", extra_body={"seed": 7}
+    prompt="a red apple", size="128x128", output_format="webp", extra_body={"seed": 7}
 )
 file = base64.b64decode(answer.data[0].b64_json)
 print(answer.output_format, answer.size, len(file), "bytes,", file[:4], file[8:12])
@@ -62,7 +64,6 @@ for event in client.images.generate(prompt="a sailing boat", stream=True, partia
 answer = client.images.edit(
     image=("boat.png", picture),
     prompt="a red apple",
-    response_format="b64_json",
     extra_body={"strength": 0.6, "seed": 3},
 )
 print(answer.size, len(base64.b64decode(answer.data[0].b64_json)), "bytes")

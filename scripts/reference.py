@@ -77,8 +77,8 @@ API_INTRO = f"""# The HTTP API
 
 Addresses, fields and limits, from the server's own schema (`/openapi.json`; `/docs` shows it with forms to try). How to
 use them: [usage.md](usage.md#over-http), [clients.md](clients.md). What a model allows (sizes, steps, frames) is in
-`GET /v1/models`. A field that is `null` counts as absent; an unknown one is refused. Every error is an
-[ErrorResponse](#errorresponse)."""
+`GET /v1/models`. A field that is `null` counts as absent; an unknown one is refused, or ignored with a warning
+(`--extra-fields`). Every error is an [ErrorResponse](#errorresponse)."""
 
 
 class Api:

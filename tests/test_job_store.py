@@ -126,17 +126,17 @@ def test_the_queue_is_in_the_order_of_submission_and_what_was_interrupted_goes_b
     for job_id in "abc":
         add(store, job_id)
     store.start("a")
-    assert ids(store.queued("tiny", 9)) == ["b", "c"] == store.queue("tiny")
-    assert [store.place(job) for job in store.queued("tiny", 9)] == [1, 2]
+    assert ids(store.queued(["tiny"], 9)) == ["b", "c"] == store.queue(["tiny"])
+    assert [store.place(job, ["tiny"]) for job in store.queued(["tiny"], 9)] == [1, 2]
     assert ids(store.interrupted()) == ["a"]
     assert store.requeue("a")
-    assert ids(store.queued("tiny", 2)) == ["a", "b"] and not store.interrupted()
+    assert ids(store.queued(["tiny"], 2)) == ["a", "b"] and not store.interrupted()
 
 
 def test_jobs_of_another_model_wait_for_it(store):
     add(store, "a", model="other")
     add(store, "b")
-    assert ids(store.queued("tiny", 9)) == ["b"] and ids(store.queued("other", 9)) == ["a"]
+    assert ids(store.queued(["tiny"], 9)) == ["b"] and ids(store.queued(["other"], 9)) == ["a"]
 
 
 def test_one_idempotency_key_is_one_job_also_from_many_threads(store):

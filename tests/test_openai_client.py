@@ -92,7 +92,7 @@ def test_less_quality_is_a_smaller_file(client: openai.OpenAI) -> None:
 
 
 def test_n_pictures_by_address_are_those_of_their_seeds_and_need_no_key(client: openai.OpenAI) -> None:
-    answer = client.images.generate(prompt="a red apple", n=2, extra_body=EXTRA)
+    answer = client.images.generate(prompt="a red apple", n=2, response_format="url", extra_body=EXTRA)
     files = [urllib.request.urlopen(picture.url, timeout=SECONDS).read() for picture in answer.data]
     assert [picture.seed for picture in answer.data] == [7, 8]
     assert files[0] == inline(client) != files[1]

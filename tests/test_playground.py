@@ -72,7 +72,7 @@ def test_a_prompt_becomes_the_picture_that_the_api_draws_with_that_seed(opened, 
             card(page).locator("a[download]").click()
         assert saving.value.suggested_filename == "a-red-apple-7.png"
         saved = saving.value.path().read_bytes()
-    body = {"prompt": "a red apple", "seed": 7}
+    body = {"prompt": "a red apple", "seed": 7, "response_format": "url"}
     drawn = httpx.post(f"{server.url}/v1/images/generations", headers=BEARER, json=body, timeout=60).json()
     assert saved == httpx.get(drawn["data"][0]["url"], timeout=10).content
 

@@ -183,13 +183,13 @@ def test_an_address_is_refused_too_where_another_host_is_allowed() -> None:
         ({"size": "130x130"}, "size"),
         ({"size": "big"}, "size"),
         ({"prompt": " "}, "prompt"),
-        ({"seed": "-1"}, "seed"),
+        ({"seed": "-2"}, "seed"),
         ({"seed": "x"}, "seed"),
         ({"output_format": "gif"}, "output_format"),
         ({"output_compression": "50"}, "output_compression"),
         ({"num_inference_steps": "0"}, "num_inference_steps"),
         ({"response_format": "file"}, "response_format"),
-        ({"input_fidelity": "high"}, "input_fidelity"),
+        ({"input_fidelity": "full"}, "input_fidelity"),
         ({"partial_images": "4"}, "partial_images"),
         ({"mask": data_url()}, "mask"),
         ({"colour": "red"}, "colour"),
@@ -300,3 +300,64 @@ def test_a_body_of_a_hundred_thousand_fields_is_refused_before_each_becomes_an_e
     answer = edit(json=wrap(dict.fromkeys(map(str, range(100_000)), 0)))
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
     assert answer.json()["error"]["message"].startswith("the body has 100000 fields in one object; allowed: ")
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda url: url,
+        lambda url: [url],
+        lambda url: {"image_url": url},
+        lambda url: [{"image_url": url}],
+    ],
+)
+def test_json_refers_to_a_picture_in_each_form_of_openais_clients(name: str, wrap: Callable[[str], Any]) -> None:
+    engine = CardEngine()
+    assert edit(engine, json={"prompt": "a cat", name: wrap(data_url())}).status_code == 200
+    assert engine.tickets[0].params.image == PNG
+
+
+@pytest.mark.parametrize("name", ["image", "images"])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        {"file_id": "file-1"},
+        [{"file_id": "file-1"}],
+        [{"image_url": data_url(), "file_id": "file-1"}],
+        [{"image_url": {"url": data_url()}}],
+        {"url": data_url()},
+        [],
+        [None],
+        [[data_url()]],
+        5,
+        "x.png",
+    ],
+)
+def test_a_form_of_reference_that_is_not_taken_says_which_are(name: str, reference: Any) -> None:
+    message = refused(edit(json={"prompt": "a cat", name: reference}), name)
+    assert "allowed: " in message and "data" in message
+
+
+def test_as_many_pictures_as_the_model_takes_and_by_one_field_only() -> None:
+    url = {"image_url": data_url()}
+    assert "2 pictures; allowed: one" in refused(edit(json={"prompt": "a cat", "images": [url, url]}), "images")
+    assert "beside image" in refused(edit(json={"prompt": "a", "image": url, "images": [url]}), "images")
+    texts = [("image[]", (None, data_url())), ("image[]", (None, data_url())), ("prompt", (None, "a"))]
+    assert "2 pictures; allowed: one" in refused(edit(files=texts))
+    assert edit(files=texts[1:]).status_code == 200
+    assert "given twice" in refused(edit(files=[("image", (None, "x")), *texts]))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("2048x2048", "size: 2048x2048 pixels; allowed: at most"),
+        ("130x128", "size: width 130 is not allowed; allowed:"),
+    ],
+)
+def test_a_size_that_is_too_large_is_said_in_words_that_make_sense(size: str, message: str) -> None:
+    class Small(CardEngine):
+        model_card = msgspec.structs.replace(CardEngine.model_card, size_multiple=16, max_side=4096, max_pixels=1 << 18)
+
+    assert refused(edit(Small(), json={"prompt": "a", "image": data_url(), "size": size}), "size").startswith(message)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from picture_samples import picture
 from server_fakes import CardEngine, Server
 
-from ditrelay.server.schemas import ImageGenerationRequest
+from ditrelay.server.image_schemas import ImageGenerationRequest
 
 Schema = dict[str, Any]
 

@@ -30,10 +30,13 @@ def test_b64_json_holds_the_file_its_seed_and_its_timings():
     assert not picture
 
 
-def test_the_default_is_an_absolute_url_and_getting_it_gives_the_png():
+@pytest.mark.parametrize("by", ["request", "server"])
+def test_a_url_is_absolute_and_getting_it_gives_the_png(by):
     async def main() -> None:
-        async with running(FakeEngine()) as client:
-            [picture] = (await client.post(ADDRESS, json={"prompt": "a cat", "seed": 5})).json()["data"]
+        args = ServerArgs(served_model_name="tiny", default_response_format="url" if by == "server" else "b64_json")
+        body = {"prompt": "a cat", "seed": 5} | ({"response_format": "url"} if by == "request" else {})
+        async with running(FakeEngine(args=args)) as client:
+            [picture] = (await client.post(ADDRESS, json=body)).json()["data"]
             assert re.fullmatch(r"http://pictures.test:8000/v1/images/[\w-]{32}/content", picture["url"])
             assert "b64_json" not in picture
             file = await client.get(picture["url"])
@@ -42,6 +45,30 @@ def test_the_default_is_an_absolute_url_and_getting_it_gives_the_png():
             assert file.headers["x-content-type-options"] == "nosniff"
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", [{}, {"response_format": None}])
+def test_an_answer_has_the_form_of_gpt_image_models_where_nothing_else_is_asked_for(how):
+    answer = post(FakeEngine(), prompt="a cat", seed=5, **how).json()
+    [picture] = answer["data"]
+    assert base64.b64decode(picture["b64_json"]) == b"PNG of a cat with 5" and "url" not in picture
+    assert answer["usage"]["total_tokens"] == 0 and "warnings" not in answer
+    assert (answer["background"], answer["output_format"], answer["size"]) == ("opaque", "png", "128x128")
+
+
+def test_a_seed_of_minus_one_is_drawn_for_each_picture_and_returned():
+    engine = FakeEngine()
+    pictures = post(engine, prompt="a cat", n=2, seed=-1).json()["data"]
+    assert [picture["seed"] for picture in pictures] == [DRAWN_SEED, DRAWN_SEED]
+
+
+def test_more_pictures_than_may_ever_wait_are_refused_by_n_and_not_told_to_come_back():
+    args = ServerArgs(max_queue=2)
+    response = post(FakeEngine(args=args), prompt="a cat", n=3)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
+    assert "allowed: 1 to 2 (--max-queue)" in response.json()["error"]["message"]
+    assert "retry-after" not in response.headers
+    assert post(FakeEngine(args=args), prompt="a cat", n=2).status_code == 200
 
 
 def test_picture_i_uses_seed_plus_i_and_they_come_in_order():
@@ -87,7 +114,14 @@ def test_size_and_height_and_width_may_agree(fields, height, width):
     [
         {"user": "me"},
         {"quality": "standard"},
+        *({"quality": quality} for quality in ("auto", "low", "medium", "high")),
         {"style": "natural"},
+        {"style": "vivid"},
+        {"background": "auto"},
+        {"moderation": "auto"},
+        {"seed": -1},
+        {"seed": -1.0, "n": 1.0},
+        {"n": 1.0, "output_compression": 100.0, "partial_images": 0.0, "num_inference_steps": 8.0, "width": 64.0},
         {"background": "opaque"},
         {"moderation": "low"},
         {"output_format": None, "output_compression": None},
@@ -107,6 +141,7 @@ def test_the_format_reaches_the_engine_and_the_answer_tells_it(kind):
         engine = FakeEngine()
         async with running(engine) as client:
             body = {"prompt": "a cat", "output_format": kind, "output_compression": 100, "size": "64x128"}
+            body["response_format"] = "url"
             answer = (await client.post(ADDRESS, json=body)).json()
             assert (answer["output_format"], answer["size"], answer["background"]) == (kind, "64x128", "opaque")
             file = await client.get(answer["data"][0]["url"])

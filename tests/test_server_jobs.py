@@ -123,7 +123,8 @@ def videos(tmp_path: Path) -> Callable[[], StepVideos]:
 async def draw(client: httpx.AsyncClient, engine: FakeEngine, n: int = 1) -> tuple[asyncio.Task, list[dict[str, Any]]]:
     """A request for pictures under way, and its jobs in order."""
     before = len(engine.tickets)
-    asking = asyncio.create_task(client.post(PICTURES, json={"prompt": "[wait] a cat", "n": n, "seed": 7}))
+    body = {"prompt": "[wait] a cat", "n": n, "seed": 7, "response_format": "url"}
+    asking = asyncio.create_task(client.post(PICTURES, json=body))
     while len(engine.tickets) < before + n:
         await asyncio.sleep(0.001)
     await settle()

@@ -35,7 +35,7 @@ def test_no_request_waits_for_another_thread_of_the_frameworks(monkeypatch):
             monkeypatch.setattr(anyio.to_thread, "run_sync", refuse)
             for address in ("/", "/health", "/ready", "/metrics", "/v1/models", "/v1/topology", "/v1/jobs"):
                 assert (await client.get(address)).status_code == 200, address
-            drawn = await client.post("/v1/images/generations", json={"prompt": "a cat"})
+            drawn = await client.post("/v1/images/generations", json={"prompt": "a cat", "response_format": "url"})
             assert (await client.get(drawn.json()["data"][0]["url"])).status_code == 200
             assert (await client.get("/v1/videos")).json()["error"]["code"] == "unsupported_model"
 
@@ -134,7 +134,7 @@ def test_head_is_answered_as_get_without_the_body():
     async def main() -> None:
         engine = FakeEngine()
         async with running(engine) as client:
-            drawn = await client.post("/v1/images/generations", json={"prompt": "a cat"})
+            drawn = await client.post("/v1/images/generations", json={"prompt": "a cat", "response_format": "url"})
             job = (await client.get("/v1/jobs")).json()["data"][0]["id"]
             addresses = ["/", "/health", "/ready", "/metrics", "/v1/models", "/v1/models/tiny", "/v1/topology"]
             addresses += [drawn.json()["data"][0]["url"], "/v1/images/none/content", "/v1/videos", f"/v1/jobs/{job}"]

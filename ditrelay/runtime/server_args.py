@@ -37,7 +37,10 @@ class ServerArgs:
         metavar="MODEL",
     )
     served_model_name: str | None = flag(
-        None, "Model", "The model's name in the HTTP API; the model path where it isn't given."
+        None,
+        "Model",
+        "The model's name in the HTTP API, or several with commas: answers have the first; without it the model path.",
+        metavar="NAMES",
     )
     load_format: str = flag(
         "auto",
@@ -128,6 +131,18 @@ class ServerArgs:
         "Hosts (HOST,HOST:PORT,...) whose pictures a request may name by address, never in a private network; "
         "none where it isn't given.",
         metavar="HOSTS",
+    )
+    default_response_format: str = flag(
+        "b64_json",
+        "Server",
+        "What an answer holds of a picture where the request doesn't say: the file (b64_json) or its address (url).",
+        choices=("b64_json", "url"),
+    )
+    extra_fields: str = flag(
+        "refuse",
+        "Server",
+        "What happens to a request with a field that is not known; ignore: it is left out, and warnings says so.",
+        choices=("refuse", "ignore"),
     )
     otlp_endpoint: str | None = flag(
         None,
@@ -257,6 +272,9 @@ class ServerArgs:
             object.__setattr__(self, each.name, each.check(getattr(self, each.name)))
         # Given by the other two, it is their product from here on.
         object.__setattr__(self, "sp_degree", math.prod(check_ranks(self)))
+        if not all(self.model_names):
+            allowed = "a name, or several with commas: a,b"
+            raise ConfigError("--served-model-name", f"{self.served_model_name!r} is not allowed; allowed: {allowed}")
         for host in self.media_hosts:
             if not _HOST.fullmatch(host):
                 reason = f"{host!r} is no host; allowed: a.example, a.example:8080, several with commas"
@@ -268,9 +286,16 @@ class ServerArgs:
             )
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """The model's names in the HTTP API."""
+        if self.served_model_name is None:
+            return (self.model_path,)
+        return tuple(dict.fromkeys(name.strip() for name in self.served_model_name.split(",")))
+
+    @property
     def model_name(self) -> str:
-        """The model's name in the HTTP API."""
-        return self.served_model_name or self.model_path
+        """That of its names which answers have."""
+        return self.model_names[0]
 
     def client_key(self) -> str | None:
         """The key that clients must send: ``api_key``, else the environment's; ``None`` where neither is set.

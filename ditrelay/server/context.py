@@ -186,9 +186,10 @@ class Context:
         self.check_roles()
 
     def check_model(self, name: str | None) -> None:
-        """Raises ``ApiError`` (404) where ``name`` is given and is not the served model."""
-        if name is not None and name != self.model_name:
-            raise model_not_found(name, self.model_name)
+        """Raises ``ApiError`` (404) where ``name`` is given and is not one of the served model."""
+        names = self.engine.args.model_names
+        if name is not None and name not in names:
+            raise model_not_found(name, names)
 
 
 def _rank_state(worker: WorkerStatus) -> RankState:

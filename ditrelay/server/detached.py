@@ -37,13 +37,18 @@ def is_preferred(request: Request) -> bool:
 
 
 async def accept(
-    context: Context, request: Request, submitted: AbstractAsyncContextManager[list[ImageJob]]
+    context: Context,
+    request: Request,
+    submitted: AbstractAsyncContextManager[list[ImageJob]],
+    *,
+    warnings: list[str],
 ) -> Response:
     """Answer once the pictures are queued.
 
     Args:
         request: whose client has, from here on, what the pictures start from.
         submitted: submits them, and cancels on leaving those that are not finished.
+        warnings: what was ignored of the request.
 
     Raises:
         whatever ``submitted`` does on entering: nothing was begun.
@@ -55,7 +60,7 @@ async def accept(
     await asyncio.wait((task, queued), return_when=asyncio.FIRST_COMPLETED)
     if not queued.done():
         task.result()
-    jobs = JobList(data=[job.info(None) for job in queued.result()])
+    jobs = JobList(data=[job.info(None) for job in queued.result()], warnings=warnings)
     headers = {"Preference-Applied": _PREFERENCE}
     return Response(jobs.model_dump_json(), status_code=202, media_type="application/json", headers=headers)
 

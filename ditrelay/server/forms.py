@@ -10,7 +10,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from ditrelay.server.problem import ApiError, shorten, wrong_field
-from ditrelay.server.schemas import MAX_FIELDS
+from ditrelay.server.request_fields import MAX_FIELDS
 from ditrelay.server.uploads import Upload
 
 FORM = "multipart/form-data"

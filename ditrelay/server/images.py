@@ -23,20 +23,20 @@ from ditrelay.server.bodies import page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.files import FileStore
 from ditrelay.server.held_bytes import client_of
-from ditrelay.server.image_jobs import ImageJob
-from ditrelay.server.live import Live
-from ditrelay.server.problem import RESPONSES, SERVER, ApiError, shutting_down
-from ditrelay.server.router import Router
-from ditrelay.server.schemas import (
+from ditrelay.server.image_answers import (
     EventFamily,
     ImageCancelled,
     ImageCompleted,
-    ImageGenerationRequest,
     ImagePartial,
     ImageProgress,
     ImagesResponse,
     Picture,
 )
+from ditrelay.server.image_jobs import ImageJob
+from ditrelay.server.image_schemas import ImageGenerationRequest
+from ditrelay.server.live import Live
+from ditrelay.server.problem import RESPONSES, SERVER, ApiError, shutting_down
+from ditrelay.server.router import Router
 from ditrelay.server.streaming import Emit, EventStream, while_connected
 
 if TYPE_CHECKING:
@@ -64,7 +64,12 @@ class PictureRequest(Protocol):
     @property
     def response_format(self) -> str | None: ...
 
+    @property
+    def warnings(self) -> list[str]: ...
+
     def check_stream(self) -> None: ...
+
+    def check_count(self, max_queue: int) -> None: ...
 
     def sampling_params(self) -> Iterator[SamplingParams]: ...
 
@@ -84,7 +89,8 @@ class PictureRequest(Protocol):
 async def generate_images(request: Request, context: ContextDep) -> Response:
     """Draw pictures from a prompt."""
     sent = await read_body(request)
-    return await respond(sent.checked(ImageGenerationRequest), request, context)
+    body = sent.checked(ImageGenerationRequest, extra=context.engine.args.extra_fields)
+    return await respond(body, request, context)
 
 
 async def respond(body: PictureRequest, request: Request, context: Context) -> Response:
@@ -96,13 +102,15 @@ async def respond(body: PictureRequest, request: Request, context: Context) -> R
     context.check_model(body.model)
     _check_draws(context.engine)
     body.check_stream()
+    body.check_count(context.engine.args.max_queue)
     context.check_open()
     client = client_of(request.scope)
     if body.stream:
         return EventStream(lambda emit: _stream(context, body, client, emit))
     if detached.is_preferred(request):
-        return await detached.accept(context, request, _submitted(context, body, client, context.files))
-    as_url = body.response_format != "b64_json"
+        submitted = _submitted(context, body, client, context.files)
+        return await detached.accept(context, request, submitted, warnings=body.warnings)
+    as_url = (body.response_format or context.engine.args.default_response_format) == "url"
     files = context.files if as_url else context.recent_files
     with context.taken():
         drawn = await while_connected(request, _draw(context, body, client, files))
@@ -112,6 +120,7 @@ async def respond(body: PictureRequest, request: Request, context: Context) -> R
         data=[_picture(result, _url(job, request) if as_url else None) for job, result in drawn],
         output_format=_format(results[0]),
         size=_size(results[0]),
+        warnings=body.warnings or None,
     )
     return _written(answer, () if as_url else [result.media for result in results])
 
@@ -159,7 +168,7 @@ async def _stream(context: Context, body: PictureRequest, client: str, emit: Emi
     """Tells every picture's progress, and each when it is finished; the first that fails ends them all."""
     with context.taken():
         async with _submitted(context, body, client, context.recent_files) as jobs:
-            told = [_Told(index, job, body.events, emit) for index, job in enumerate(jobs)]
+            told = [_Told(index, job, body, emit) for index, job in enumerate(jobs)]
             following = [asyncio.ensure_future(each.follow(context)) for each in told]
             try:
                 await asyncio.gather(*following)
@@ -175,7 +184,7 @@ class _Told:
 
     index: int
     job: ImageJob
-    family: EventFamily
+    body: PictureRequest
     emit: Emit
     previews: int = 0
     live: Live = field(default_factory=Live)
@@ -196,7 +205,7 @@ class _Told:
             await self._tell(ImageCancelled, "cancelled")
 
     async def _tell(self, kind: type[BaseModel], name: str, **values: object) -> None:
-        event = f"{self.family}.{name}"
+        event = f"{self.body.events}.{name}"
         data = kind.model_validate({"type": event, "index": self.index, "job_id": self.job.id} | values)
         await self.emit(event, data)
 
@@ -225,6 +234,7 @@ class _Told:
             output_format=_format(result),
             seed=result.seed,
             timings=result.timings,
+            warnings=self.body.warnings,
         )
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from ditrelay.runtime.metrics import Timings
+from ditrelay.server.request_fields import WARNINGS
 from ditrelay.server.schemas import Error
 
 JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -35,6 +36,7 @@ class JobList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[JobInfo]
+    warnings: list[str] = Field(default_factory=list, description=WARNINGS)
 
 
 class Queued(BaseModel):

@@ -203,21 +203,21 @@ class JobStore:
             query = query.where(seq > after.seq if oldest_first else seq < after.seq)
         return self._all(query)
 
-    def queued(self, model: str, limit: int) -> list[Job]:
-        """The jobs of one model to be done next, in the order of submission."""
-        mine = sa.and_(_JOBS.c.state == JobState.QUEUED, _JOBS.c.model == model)
+    def queued(self, models: Sequence[str], limit: int) -> list[Job]:
+        """The jobs of a model to be done next, whichever of its names they have, in the order of submission."""
+        mine = sa.and_(_JOBS.c.state == JobState.QUEUED, _JOBS.c.model.in_(models))
         return self._all(_ROWS.where(mine).order_by(_JOBS.c.seq).limit(limit))
 
-    def queue(self, model: str) -> list[str]:
-        """The ids of all queued jobs of one model, the next one first."""
-        mine = sa.and_(_JOBS.c.state == JobState.QUEUED, _JOBS.c.model == model)
+    def queue(self, models: Sequence[str]) -> list[str]:
+        """The ids of all queued jobs of a model, the next one first."""
+        mine = sa.and_(_JOBS.c.state == JobState.QUEUED, _JOBS.c.model.in_(models))
         with self._engine.connect() as connection:
             return list(connection.execute(sa.select(_JOBS.c.id).where(mine).order_by(_JOBS.c.seq)).scalars())
 
-    def place(self, job: Job) -> int:
+    def place(self, job: Job, models: Sequence[str]) -> int:
         """How many queued jobs of its model there are up to this one, itself included."""
         c = _JOBS.c
-        mine = sa.and_(c.state == JobState.QUEUED, c.model == job.model, c.seq <= job.seq)
+        mine = sa.and_(c.state == JobState.QUEUED, c.model.in_(models), c.seq <= job.seq)
         with self._engine.connect() as connection:
             return connection.execute(sa.select(sa.func.count()).where(mine)).scalar_one()
 

@@ -143,14 +143,14 @@ class Jobs:
 
     async def queue(self) -> list[str]:
         """The ids of the jobs that wait, the next one first: those on the engine, then those in the store."""
-        stored = await self.call(self.store.queue, self.engine.args.model_name)
+        stored = await self.call(self.store.queue, self.engine.args.model_names)
         # Read after the store: what has moved to the engine in between is not missing, but there twice.
         return self._next() + [job_id for job_id in stored if job_id not in self.live]
 
     async def place(self, job: Job) -> int | None:
         """Where the job is in ``queue``, 1 is next; ``None``: it does not wait. Does not read the whole queue."""
-        waits = job.state is JobState.QUEUED and job.model == self.engine.args.model_name
-        stored = await self.call(self.store.place, job) if waits else None
+        waits = job.state is JobState.QUEUED and job.model in (names := self.engine.args.model_names)
+        stored = await self.call(self.store.place, job, names) if waits else None
         first = self._next()
         if job.id in self.live or stored is None:
             return first.index(job.id) + 1 if job.id in first else None
@@ -269,7 +269,7 @@ class Jobs:
         room = args.num_gpus * (args.max_pending_transfers + 2) - len(self.live)
         self._news.clear()
         if room > 0 and not self.engine.status().lost_roles:
-            for job in await self._do(self.store.queued, args.model_name, room):
+            for job in await self._do(self.store.queued, args.model_names, room):
                 if await self._moved(JobState.IN_PROGRESS, self.store.start, job.id):
                     self.live[job.id] = Live()
                     self._spawn(self._run(job))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -137,9 +137,9 @@ def out_of_descriptors() -> ApiError:
     return ApiError(503, message, type=SERVER, code="out_of_descriptors", headers={"Retry-After": "1"})
 
 
-def model_not_found(name: str, served: str) -> ApiError:
-    """404: ``name`` is not the served model."""
-    message = f"model: {shorten(name)!r} is not served here; served: {served!r}"
+def model_not_found(name: str, served: Sequence[str]) -> ApiError:
+    """404: ``name`` is none of those ``served``."""
+    message = f"model: {shorten(name)!r} is not served here; served: {', '.join(map(repr, served))}"
     return ApiError(404, message, param="model", code="model_not_found")
 
 

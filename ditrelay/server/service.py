@@ -52,16 +52,16 @@ async def topology(context: ContextDep) -> TopologyState:
 
 @router.get("/v1/models")
 async def list_models(context: ContextDep) -> ModelList:
-    """The served models."""
-    return ModelList(data=[_model(context)])
+    """The served model, under each of its names."""
+    return ModelList(data=[_model(context, name) for name in context.engine.args.model_names])
 
 
 @router.get("/v1/models/{model_id:path}")
 async def get_model(model_id: str, context: ContextDep) -> Model:
     """One served model."""
     context.check_model(model_id)
-    return _model(context)
+    return _model(context, model_id)
 
 
-def _model(context: Context) -> Model:
-    return Model(id=context.model_name, created=context.created, limits=limits_of(context.engine.card))
+def _model(context: Context, name: str) -> Model:
+    return Model(id=name, created=context.created, limits=limits_of(context.engine.card))

@@ -55,18 +55,18 @@ async def create_video(
 ) -> Video:
     """Queue a video; its status tells when it is done. The same ``Idempotency-Key`` again returns the same video."""
     sent = await read_body(request, files=("input_reference",))
-    body = sent.checked(VideoRequest)
+    body = sent.checked(VideoRequest, extra=context.engine.args.extra_fields)
     context.check_model(body.model)
     params = body.sampling_params(context.engine.card, await _picture(sent, body, request, context))
     mark = fingerprint(params)
     if idempotency_key is not None and (older := await jobs.call(jobs.store.find, idempotency_key)):
-        return _repeated(older, mark, jobs)
+        return _repeated(older, mark, jobs, body.warnings)
     context.check_open()
     resolved = await while_connected(request, _resolved(body, params, context, client_of(request.scope)))
     job = await jobs.add(resolved, key=idempotency_key, fingerprint=mark)
     if job is None:
         raise _too_many(context)
-    return _repeated(job, mark, jobs)
+    return _repeated(job, mark, jobs, body.warnings)
 
 
 @router.get("/videos")
@@ -151,29 +151,27 @@ async def delete_video(video_id: str, jobs: JobsDep) -> DeletedVideo:
 
 async def _picture(sent: Body, body: VideoRequest, request: Request, context: Context) -> bytes | None:
     """The picture to start from, if there is one. Raises ``InvalidRequest``, ``ApiError``, ``HTTPException`` (429)."""
-    files = sent.files.get("input_reference", [])
-    source = files[0] if files else body.input_reference
-    if source is None:
+    pictures = sent.files.get("input_reference") or body.input_reference
+    if not pictures:
         return None
     if not context.engine.card.needs_image:
         raise InvalidRequest("input_reference", "this model takes no picture; leave it out")
-    if len(files) > 1:
-        raise InvalidRequest("input_reference", f"{len(files)} pictures; allowed: one to start from")
-    return await picture_of(source, param="input_reference", remote=context.remote, count=bytes_of(request).add)
+    if len(pictures) > 1:
+        raise InvalidRequest("input_reference", f"{len(pictures)} pictures; allowed: one to start from")
+    picture = await picture_of(
+        pictures[0], param="input_reference", remote=context.remote, count=bytes_of(request).add
+    )
+    if len(picture) > (allowed := context.engine.args.max_output_bytes):  # could never be queued
+        reason = f"its file has {len(picture)} bytes; allowed: {allowed} (--max-output-bytes)"
+        raise InvalidRequest("input_reference", reason)
+    return picture
 
 
 async def _resolved(body: VideoRequest, params: SamplingParams, context: Context, client: str) -> SamplingParams:
     try:
         return await context.engine.check_picture(params, client=client)
     except InvalidRequest as error:
-        if error.param == "image":
-            raise InvalidRequest("input_reference", error.reason) from None
-        names = {"height": "size", "width": "size"}
-        if body.seconds is not None:
-            names["num_frames"] = "seconds"
-        if (name := names.get(error.param)) is None:
-            raise
-        raise InvalidRequest(name, f"{error.param} {error.reason}") from None
+        raise body.as_written(error) from None
 
 
 def _too_many(context: Context) -> ApiError:
@@ -237,7 +235,7 @@ async def _find(video_id: str, jobs: Jobs) -> Job:
     return job
 
 
-def _repeated(job: Job, mark: str, jobs: Jobs) -> Video:
+def _repeated(job: Job, mark: str, jobs: Jobs, warnings: list[str]) -> Video:
     if job.fingerprint != mark:
         raise ApiError(
             400,
@@ -245,7 +243,7 @@ def _repeated(job: Job, mark: str, jobs: Jobs) -> Video:
             param="Idempotency-Key",
             code="idempotency_key_reused",
         )
-    return _video(job, jobs)
+    return _video(job, jobs).model_copy(update={"warnings": warnings})
 
 
 def _video(job: Job, jobs: Jobs) -> Video:
