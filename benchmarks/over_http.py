@@ -22,7 +22,8 @@ from http_clients import Child, Connection, child, fetch
 from ditrelay import ServerArgs
 from ditrelay.async_engine import AsyncEngine
 from ditrelay.runtime.request import SamplingParams
-from ditrelay.server.app import EngineServer, listen
+from ditrelay.server.app import EngineServer
+from ditrelay.server.sockets import listen
 
 IMAGES = "/v1/images/generations"
 QUICK = "builtin:timed?encode=0.005&denoise=0.02&decode=0.005&steps=4&conditioning_mb=0.1&latents_mb=0.1"

@@ -57,7 +57,9 @@ def with_flags(
 
     def decorate(command: Command) -> Command:
         def run(**values: Any) -> int:
-            given = {flag.name: flag.parse(text) for flag in flags if (text := values[flag.name]) is not None}
+            texts = {flag.name: values[flag.name] for flag in flags}
+            lists = {name: ",".join(value) or None for name, value in texts.items() if isinstance(value, list)}
+            given = {flag.name: flag.parse(text) for flag in flags if (text := (texts | lists)[flag.name]) is not None}
             others = {name: value for name, value in values.items() if name not in names}
             return command(**others, **{argument: build(**defaults | given)})
 
@@ -73,12 +75,13 @@ def with_flags(
 
 
 def _parameter(flag: Flag, default: object) -> inspect.Parameter:
-    """The flag as a parameter: a text, or None where it isn't given. The default is shown in the help only."""
+    """The flag as a parameter: a text (or several), or None where it isn't given. The help alone shows the default."""
     option = typer.Option(
         flag.option, help=_help(flag, default), rich_help_panel=flag.spec.group, metavar=_metavar(flag)
     )
-    kind = Annotated[str | None, option]
-    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+    kind: Any = list[str] | None if flag.spec.is_list else str | None
+    annotation = Annotated[kind, option]
+    return inspect.Parameter(flag.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _help(flag: Flag, default: object) -> str:

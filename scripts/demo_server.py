@@ -25,7 +25,7 @@ def main() -> int:
 def free_port() -> int:
     """The usual one, or another where that is taken."""
     from ditrelay.errors import ConfigError
-    from ditrelay.server.app import listen
+    from ditrelay.server.sockets import listen
 
     for port in (PORT, 0):
         try:

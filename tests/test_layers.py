@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime",
             "ditrelay.runtime.degrees",
             "ditrelay.runtime.flags",
+            "ditrelay.runtime.http_args",
             "ditrelay.runtime.server_args",
             "ditrelay.runtime.request",
             "ditrelay.runtime.payloads",

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ditrelay.cli import main
 from ditrelay.errors import ConfigError
 from ditrelay.models.quirks import ATTENTION_BACKENDS
 from ditrelay.runtime.flags import format_bytes, parse_bytes
@@ -39,7 +41,10 @@ def test_model_name_is_the_served_name_or_the_path() -> None:
 
 
 def test_every_field_is_a_flag_with_help_and_a_group() -> None:
-    assert [flag.name for flag in server_flags()] == [field.name for field in dataclasses.fields(ServerArgs)]
+    flags = [flag.name for flag in server_flags()]
+    assert sorted(flags) == sorted(field.name for field in dataclasses.fields(ServerArgs))
+    groups = [group for group, _ in itertools.groupby(server_flags(), key=lambda flag: flag.spec.group)]
+    assert len(groups) == len(set(groups))
     assert all(flag.spec.help.endswith(".") and flag.spec.group for flag in server_flags())
     assert FLAGS["num_non_dit_ranks"].option == "--num-non-dit-ranks"
 
@@ -254,3 +259,14 @@ def test_every_flag_is_described_in_the_users_guide() -> None:
     guide = (Path(__file__).parents[1] / "docs" / "usage.md").read_text()
     spellings = {flag.option: (f"`{flag.option}", f"`--no-{flag.option[2:]}") for flag in FLAGS.values()}
     assert [option for option, known in spellings.items() if not any(each in guide for each in known)] == []
+
+
+def test_a_flag_with_several_values_may_come_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[ServerArgs] = []
+    monkeypatch.setattr("ditrelay.server.app.serve", lambda args: got.append(args) or 0)
+    origins = "http://a.example,http://b.example"
+    assert main(["serve", "--host", "127.0.0.1", "--host=::1", "--cors-origin", origins]) == 0
+    assert got[0].hosts == ("127.0.0.1", "::1")
+    assert got[0].cors_origins == ("http://a.example", "http://b.example")
+    assert main(["serve"]) == 0
+    assert (got[1].host, got[1].cors_origin) == ("127.0.0.1", None)

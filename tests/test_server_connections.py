@@ -22,10 +22,11 @@ from ditrelay.errors import ConfigError
 from ditrelay.runtime import descriptors
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.server import listener as listening
-from ditrelay.server.app import EngineServer, connection_limit, listen
+from ditrelay.server.app import EngineServer, connection_limit
 from ditrelay.server.connections import ConnectionRules, Connections, Outgoing
 from ditrelay.server.listener import Listener
 from ditrelay.server.seldom import Seldom
+from ditrelay.server.sockets import listen
 from ditrelay.server.traffic import Traffic
 
 SECONDS = 20.0

@@ -59,12 +59,22 @@ def test_without_the_right_key_every_address_is_401(value, method, address):
 def test_the_key_opens_and_two_of_them_do_not():
     right = ("authorization", f"Bearer {KEY}")
     assert fetch(locked(), "POST", ADDRESS, headers=[right], json={"prompt": "a cat"}).status_code == 200
-    assert fetch(locked(), "GET", "/ready", headers={"authorization": f"bearer {KEY}"}).status_code == 200
-    assert fetch(locked(), "GET", "/ready", headers=[right, right]).status_code == 401
+    assert fetch(locked(), "GET", "/v1/models", headers={"authorization": f"bearer {KEY}"}).status_code == 200
+    assert fetch(locked(), "GET", "/v1/models", headers=[right, right]).status_code == 401
+
+
+@pytest.mark.parametrize("name", ["x-api-key", "api-key", "X-API-Key"])
+def test_the_key_may_come_in_the_headers_of_other_vendors(name):
+    def status(*headers: tuple[str, str]) -> int:
+        return fetch(locked(), "GET", "/v1/models", headers=list(headers)).status_code
+
+    assert status((name, KEY)) == 200
+    assert status((name, KEY), ("Authorization", "Bearer none")) == 200
+    assert status((name, f"Bearer {KEY}")) == status((name, "")) == status((name, KEY), (name, KEY)) == 401
 
 
 def test_health_and_the_secret_addresses_of_files_need_no_key():
-    assert fetch(locked(), "GET", "/health").status_code == 200
+    assert fetch(locked(), "GET", "/health").status_code == fetch(locked(), "GET", "/ready").status_code == 200
     assert fetch(locked(), "GET", "/v1/images/nothing/content").status_code == 404
     for closed in ("content", "a/b/content", "nothing/content/", "generations"):
         assert fetch(locked(), "GET", f"/v1/images/{closed}").status_code == 401
@@ -75,7 +85,7 @@ def test_the_key_may_come_from_the_environment_and_the_setting_goes_first(monkey
     monkeypatch.setenv("DITRELAY_API_KEY", "from outside")
     assert ServerArgs().client_key() == "from outside"
     assert ServerArgs(api_key=KEY).client_key() == KEY
-    assert fetch(FakeEngine(), "GET", "/ready").status_code == 401
+    assert fetch(FakeEngine(), "GET", "/v1/models").status_code == 401
     monkeypatch.delenv("DITRELAY_API_KEY")
     assert ServerArgs().client_key() is None
 
@@ -92,7 +102,8 @@ def test_a_page_of_another_web_site_draws_nothing_and_may_only_link_here():
     assert (refused.status_code, refused.json()["error"]["code"]) == (403, "cross_site_request")
     assert sent(engine, "DELETE", "/v1/videos/a", "cross-site").status_code == 403
     assert sent(engine, "GET", "/v1/models", "cross-site").status_code == 200
-    for site in (None, "same-origin", "same-site", "none"):
+    assert sent(engine, "POST", "/v1/videos", "same-site").status_code == 403  # another port of this machine, say
+    for site in (None, "same-origin", "none"):
         assert sent(engine, "POST", "/v1/videos", site).json()["error"]["code"] == "unsupported_model"
     assert (
         fetch(engine, "POST", ADDRESS, headers={"Sec-Fetch-Site": "cross-site"}, json={"prompt": "a"}).status_code
@@ -106,12 +117,86 @@ def test_with_the_key_a_page_of_another_web_site_draws():
     assert fetch(locked(), "POST", ADDRESS, headers=headers, json={"prompt": "a cat"}).status_code == 200
 
 
+LAN, HERE = "http://192.0.2.7:30000", "http://127.0.0.1:30000"
+
+
+def status_of(base: str, method: str = "POST", args: ServerArgs | None = None, **headers: str) -> int:
+    """Of a request with these headers to a server at ``base``."""
+    engine = FakeEngine(args=args) if args else FakeEngine()
+    how = {"json": {"prompt": "a"}} if method == "POST" else {}
+    address = ADDRESS if method == "POST" else "/v1/models"
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    answer = fetch(engine, method, base + address, headers=sent, **how)
+    assert answer.status_code == 200 or not engine.tickets
+    return answer.status_code
+
+
+@pytest.mark.parametrize("base", [LAN, HERE])
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_an_origin_of_another_site_alone_is_refused_wherever_the_server_listens(base, method):
+    """Browsers send no ``Sec-Fetch-Site`` to plain http at another machine."""
+    host = base.removeprefix("http://")
+    for strange in (
+        "http://evil.example",
+        "null",
+        f"http://{host.partition(':')[0]}",
+        f"https://{host}.evil.example",
+        f"http://{host}1",
+        f"http://evil.example@{host}",
+        host,
+        "chrome-extension://abc",
+    ):
+        assert status_of(base, method, Origin=strange) == 403, strange
+    assert status_of(base, method, Origin=base) == status_of(base, method) == 200
+
+
+def test_the_refusal_of_another_sites_page_says_what_is_allowed():
+    error = fetch(FakeEngine(), "POST", LAN + ADDRESS, headers={"Origin": "http://evil.example"}, json={}).json()
+    assert "http://evil.example" in error["error"]["message"] and "--cors-origin" in error["error"]["message"]
+
+
+def test_what_the_browser_says_goes_before_the_origin():
+    assert status_of(HERE, Origin="https://draw.example", Sec_Fetch_Site="same-origin") == 200  # a proxy hides the name
+    assert status_of(HERE, Origin=HERE, Sec_Fetch_Site="cross-site") == 403
+    assert status_of(HERE, "GET", Sec_Fetch_Site="same-site") == 200  # a link, a picture
+
+
+def test_behind_a_proxy_the_page_has_the_name_that_the_proxy_forwards():
+    ours = ServerArgs(served_model_name="tiny", allowed_hosts="draw.example")
+    assert status_of(HERE, args=ours, Origin="https://draw.example", Host="draw.example") == 200
+    assert status_of(HERE, args=ours, Origin="https://draw.example", X_Forwarded_Host="draw.example") == 200
+    assert status_of(HERE, args=ours, Origin="https://draw.example") == 403
+    public = ServerArgs(served_model_name="tiny", public_url="https://draw.example/x")
+    assert status_of(HERE, args=public, Origin="https://draw.example") == 200
+    assert status_of(HERE, args=public, Origin=HERE) == 200
+    assert status_of(HERE, args=public, Origin="https://evil.example") == 403
+
+
+def test_pages_of_the_sites_that_are_named_use_the_server_and_no_others():
+    site = "http://localhost:3000"
+    for key in (None, KEY):
+        args = ServerArgs(api_key=key, served_model_name="tiny", cors_origin=f"{site},https://a.example")
+        right = {"Authorization": f"Bearer {KEY}"} if key else {}
+        asked = {"Origin": site, "Access-Control-Request-Method": "POST"}
+        before = fetch(FakeEngine(args=args), "OPTIONS", HERE + ADDRESS, headers=asked)
+        assert (before.status_code, before.headers["access-control-allow-origin"]) == (200, site)
+        sent = {"Origin": site, "Sec-Fetch-Site": "same-site", **right}
+        answer = fetch(FakeEngine(args=args), "POST", HERE + ADDRESS, headers=sent, json={"prompt": "a"})
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, site)
+        other = {"Origin": "http://localhost:3001", **right}
+        refused = fetch(FakeEngine(args=args), "POST", HERE + ADDRESS, headers=other, json={"prompt": "a"})
+        assert "access-control-allow-origin" not in refused.headers
+        assert refused.status_code == (200 if key else 403)
+    wide = ServerArgs(served_model_name="tiny", cors_origin="*")
+    assert status_of(HERE, args=wide, Origin="https://any.example", Sec_Fetch_Site="cross-site") == 200
+
+
 def from_host(engine: FakeEngine, host: str, base: str = "http://127.0.0.1:30000") -> httpx.Response:
     return fetch(engine, "GET", f"{base}/v1/models", headers={"Host": host})
 
 
 @pytest.mark.parametrize(
-    "base", ["http://127.0.0.1:30000", "http://127.1.2.3:1", "http://[::1]:30000", "http://[::ffff:127.0.0.1]:80"]
+    "base", [LAN, HERE, "http://127.1.2.3:1", "http://[::1]:30000", "http://[::ffff:127.0.0.1]:80", "http://[fd00::1]"]
 )
 def test_a_site_whose_name_points_to_this_machine_reads_nothing(base):
     for host in (
@@ -141,8 +226,29 @@ def test_the_machines_own_names_and_any_address_read():
     assert from_host(FakeEngine(), socket.gethostname()).status_code == 200
 
 
-def test_elsewhere_and_with_a_key_a_server_has_whatever_name_its_owner_gives_it():
-    assert from_host(FakeEngine(), "pictures.example", "http://192.0.2.7:30000").status_code == 200
+def test_a_name_without_a_dot_is_a_machine_of_the_network_but_none_that_calls_itself():
+    assert from_host(FakeEngine(), "ditrelay:30000", LAN).status_code == 200
+    assert from_host(FakeEngine(), "ditrelay:30000", HERE).status_code == 403
+
+
+def test_further_names_are_allowed_by_name():
+    args = ServerArgs(served_model_name="tiny", allowed_hosts="draw.example,*.b.example", public_url="http://c.example")
+    for host, status in {
+        "draw.example": 200,
+        "DRAW.example.:30000": 200,
+        "x.draw.example": 403,
+        "a.b.example": 200,
+        "b.example": 403,
+        "evilb.example": 403,
+        "c.example": 200,
+        "localhost": 200,
+    }.items():
+        assert from_host(FakeEngine(args=args), host, LAN).status_code == status, host
+    anything = ServerArgs(served_model_name="tiny", allowed_hosts="*")
+    assert from_host(FakeEngine(args=anything), "evil.example", LAN).status_code == 200
+
+
+def test_with_a_key_a_server_has_whatever_name_its_owner_gives_it():
     headers = {"Authorization": f"Bearer {KEY}", "Host": "pictures.example"}
     assert fetch(locked(), "GET", "http://127.0.0.1:30000/v1/models", headers=headers).status_code == 200
 

@@ -19,7 +19,9 @@ from server_fakes import FakeEngine
 
 from ditrelay.errors import ConfigError, StartupError, UnsupportedModel
 from ditrelay.runtime.server_args import ServerArgs
-from ditrelay.server.app import listen, serve
+from ditrelay.server import app as app_module
+from ditrelay.server.app import serve
+from ditrelay.server.sockets import is_open_to_others, listen, listen_on, listening
 
 ADDRESS = "/v1/images/generations"
 
@@ -240,3 +242,151 @@ def test_an_answer_never_waits_for_the_client_to_acknowledge_its_headers() -> No
         with connection:
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         assert client.getpeername() == listener.getsockname()
+
+
+def test_a_closed_terminal_ends_it_as_sigterm_does_and_its_second_signal_is_none(run):
+    engine = loaded_engine()
+    background = Background(engine)
+
+    def client(http: httpx.Client) -> None:
+        background.start(http)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        wait_until(lambda: http.get("/ready").status_code == 503)
+        assert not engine.closed
+        engine.loop.call_soon_threadsafe(engine.tickets[0].finish)
+        wait_until(lambda: engine.closed)
+
+    assert run(engine, client) == 0
+    assert background.answer().status_code == 200
+
+
+def test_what_nohup_started_outlives_its_terminal(run, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def client(http: httpx.Client) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_until(lambda: http.get("/ready").status_code == 200)
+
+    try:
+        assert run(loaded_engine(), client) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.fixture
+def serve_at(monkeypatch, capsys):
+    """Serve with these settings until the client has ended; returns the log."""
+
+    def serve_at(client: Callable[[], None], **settings: object) -> list[str]:
+        engine = loaded_engine()
+        engine.args = ServerArgs(served_model_name="tiny", **settings)
+        monkeypatch.setitem(sys.modules, "ditrelay.async_engine", SimpleNamespace(AsyncEngine=lambda args: engine))
+
+        def act() -> None:
+            try:
+                client()
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with ThreadPoolExecutor(1) as pool:
+            acting = pool.submit(act)
+            assert serve(engine.args) == 0
+            acting.result(10)
+        return house_lines(capsys)
+
+    return serve_at
+
+
+def test_over_a_unix_socket(serve_at, tmp_path):
+    path = str(tmp_path / "d.sock")
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(path)  # left behind: nobody listens
+
+    def client() -> None:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://localhost", timeout=10) as http:
+            wait_until(lambda: is_up(http))
+            assert os.stat(path).st_mode & 0o777 == 0o666
+            forwarded = {"X-Forwarded-Proto": "https"}
+            answer = http.post(ADDRESS, json={"prompt": "a", "response_format": "url"}, headers=forwarded)
+            assert answer.json()["data"][0]["url"].startswith("https://localhost/v1/images/")
+            with pytest.raises(ConfigError, match="--uds: another server listens on"), listening(ServerArgs(uds=path)):
+                pass
+
+    assert f"[INFO] Listening on unix:{path}" in serve_at(client, uds=path)
+    assert not os.path.exists(path)
+
+
+def test_a_path_that_is_no_socket_or_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path, reason in (
+        (tmp_path / "file", "no socket"),
+        (tmp_path / "none" / "d.sock", "cannot listen"),
+        (tmp_path / ("x" * 120), "cannot listen"),
+    ):
+        with pytest.raises(ConfigError, match=f"--uds: .*{reason}"), listening(ServerArgs(uds=str(path))):
+            pass
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_next_servers_socket_is_left_alone(tmp_path):
+    path = tmp_path / "d.sock"
+    with listening(ServerArgs(uds=str(path))):
+        path.unlink()
+        path.write_text("the next one's")
+    assert path.exists()
+
+
+def test_it_listens_on_several_addresses_and_warns_once_of_those_that_others_reach(serve_at, monkeypatch):
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+
+    def client() -> None:
+        for host in ("127.0.0.1", "127.0.0.2"):
+            wait_until(lambda host=host: is_reached(host, port))
+
+    log = serve_at(client, host="127.0.0.1,127.0.0.2", port=port)
+    assert f"[INFO] Listening on http://127.0.0.2:{port}"[:-2] in "\n".join(log).replace("#", str(port))
+    assert not [line for line in log if "whoever reaches" in line]
+    monkeypatch.setattr(app_module, "is_open_to_others", lambda listener: True)
+    log = serve_at(client, host="127.0.0.1,127.0.0.2", port=port)
+    [warning] = [line for line in log if "whoever reaches" in line]
+    assert "127.0.0.1" in warning and "127.0.0.2" in warning and "DITRELAY_API_KEY" in warning
+    log = serve_at(client, host="127.0.0.1,127.0.0.2", port=port, api_key="k")
+    assert not [line for line in log if "whoever reaches" in line]
+
+
+def test_which_addresses_others_reach():
+    for host, others in (("127.0.0.1", False), ("127.0.0.2", False), ("0.0.0.0", True)):
+        with listen(host, 0) as listener:
+            assert is_open_to_others(listener) is others
+    with socket.socket(socket.AF_UNIX) as listener:
+        assert not is_open_to_others(listener)
+
+
+def test_several_addresses_share_a_free_port_and_none_stays_open_where_one_is_taken():
+    sockets = listen_on(("127.0.0.1", "127.0.0.2", "127.0.0.3"), 0)
+    [port] = {each.getsockname()[1] for each in sockets}
+    for each in (sockets[0], sockets[2]):
+        each.close()
+    with sockets[1], pytest.raises(ConfigError, match=f"--port: {port} is taken on 127.0.0.2"):
+        listen_on(("127.0.0.1", "127.0.0.2"), port)
+    listen("127.0.0.1", port).close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_the_address_of_all_is_ipv6_and_ipv4_unless_another_is_given():
+    with listen("::", 0) as listener:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, listener.getsockname()[1]), 10).close()
+    sockets = listen_on(("0.0.0.0", "::"), 0)
+    assert len(sockets) == 2
+    for each in sockets:
+        each.close()
+
+
+def is_reached(host: str, port: int) -> bool:
+    try:
+        return httpx.get(f"http://{host}:{port}/health", timeout=10).status_code == 200
+    except httpx.ConnectError:
+        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import subprocess
 import sys
 
@@ -173,7 +174,18 @@ def test_the_root_says_what_there_is():
     root = get("/").json()
     assert root["model"] == "tiny"
     assert {"POST /v1/images/edits", "POST /v1/jobs/{job_id}/cancel", "GET /health"} <= set(root["endpoints"])
-    assert get("/docs").status_code == 200
+
+
+def test_the_page_of_the_api_takes_nothing_from_other_sites():
+    page = get("/docs")
+    assert page.status_code == 200 and "default-src 'none'" in page.headers["content-security-policy"]
+    named = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert "docs/swagger-ui-bundle.js" in named
+    for address in named:
+        assert not address.startswith(("/", "http")), address  # it may lie under a path
+        assert get(f"/{address}").status_code == 200, address
+    assert get("/docs/start.js").headers["content-type"].startswith("text/javascript")
+    assert get("/docs/index.html").status_code == 404
 
 
 def test_the_openapi_page_describes_what_is_really_sent():

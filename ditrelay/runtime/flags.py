@@ -37,6 +37,7 @@ class FlagSpec:
         metavar: placeholder in ``--help`` (``SECONDS``).
         is_bytes: the command line accepts ``512MiB`` and the like.
         suffix: how a file name must end (``.json``).
+        is_list: a text with commas; on the command line the flag may also be given several times.
     """
 
     help: str
@@ -48,6 +49,7 @@ class FlagSpec:
     metavar: str | None = None
     is_bytes: bool = False
     suffix: str | None = None
+    is_list: bool = False
 
 
 def flag(default: T, group: str, help: str, *, secret: bool = False, **spec: Any) -> T:

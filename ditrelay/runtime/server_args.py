@@ -13,17 +13,20 @@ from functools import cache
 from ditrelay.errors import ConfigError, settings_as_fields
 from ditrelay.runtime.degrees import check_ranks, split_sequence
 from ditrelay.runtime.flags import Flag, as_flag, flag, seconds
+from ditrelay.runtime.http_args import HttpArgs
 
 API_KEY_VARIABLE = "DITRELAY_API_KEY"
 
 OTLP_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 OTLP_TRACES_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 
+_GROUPS = ("Model", "Ranks", "Transfer", "Server", "Jobs", "Limits")
+
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,252}[a-z0-9])?(:[0-9]{1,5})?")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerArgs:
+class ServerArgs(HttpArgs):
     """The settings of one server or engine, checked on construction.
 
     Raises:
@@ -116,12 +119,11 @@ class ServerArgs:
     )
     verify_transfers: bool = flag(False, "Transfer", "Check a CRC-32 of every payload (for debugging).")
 
-    host: str = flag("127.0.0.1", "Server", "Address to listen on.", metavar="ADDRESS")
-    port: int = flag(30000, "Server", "Port to listen on; 0: a free one.", minimum=0, maximum=65535)
     api_key: str | None = flag(
         None,
         "Server",
-        f"Key that clients send as a bearer token; better set in {API_KEY_VARIABLE}, where no process list shows it.",
+        "Key that clients send as a bearer token, or in x-api-key or api-key; better set in "
+        f"{API_KEY_VARIABLE}, where no process list shows it.",
         metavar="KEY",
         secret=True,
     )
@@ -131,6 +133,7 @@ class ServerArgs:
         "Hosts (HOST,HOST:PORT,...) whose pictures a request may name by address, never in a private network; "
         "none where it isn't given.",
         metavar="HOSTS",
+        is_list=True,
     )
     default_response_format: str = flag(
         "b64_json",
@@ -270,6 +273,7 @@ class ServerArgs:
     def __post_init__(self) -> None:
         for each in server_flags():
             object.__setattr__(self, each.name, each.check(getattr(self, each.name)))
+        self.check_http()
         # Given by the other two, it is their product from here on.
         object.__setattr__(self, "sp_degree", math.prod(check_ranks(self)))
         if not all(self.model_names):
@@ -371,6 +375,7 @@ class ServerArgs:
 
 @cache
 def server_flags() -> tuple[Flag, ...]:
-    """Every field of ``ServerArgs`` as a flag, in the order of the fields."""
+    """Every field of ``ServerArgs`` as a flag, by group, in the order of the fields."""
     hints = typing.get_type_hints(ServerArgs)
-    return tuple(as_flag(field, hints[field.name]) for field in dataclasses.fields(ServerArgs))
+    flags = [as_flag(field, hints[field.name]) for field in dataclasses.fields(ServerArgs)]
+    return tuple(sorted(flags, key=lambda each: _GROUPS.index(each.spec.group)))

@@ -57,7 +57,8 @@ TERMINATED_SECONDS = 5.0  # that a worker with a SIGTERM goes on without a word 
 
 def run_worker(spec: WorkerSpec) -> None:
     """The worker process's entry point; returns when the worker is told to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the head's to handle
+    for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C, and the end of the terminal: the head's to handle
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()  # a crash in native code leaves its stack on stderr
     # Control threads wait behind a thread that launches kernels: hand the interpreter over ten times sooner.
     sys.setswitchinterval(0.0005)

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from ditrelay._version import __version__
 from ditrelay.errors import ConfigError, DitrelayError
 from ditrelay.runtime import logs
 from ditrelay.runtime.descriptors import left_over, raise_limit
-from ditrelay.server import activity, edits, images, job_events, metrics, playground, problem, service, videos
+from ditrelay.runtime.server_args import API_KEY_VARIABLE
+from ditrelay.server import activity, api_docs, edits, images, job_events, metrics, playground, problem, service, videos
 from ditrelay.server.body_limit import BodyLimit, BodyRules
 from ditrelay.server.connections import Connection, ConnectionRules, Connections
 from ditrelay.server.context import Context
 from ditrelay.server.listener import Listener
-from ditrelay.server.middleware import AccessLog, ApiKey, CallersTrace, OwnPages
+from ditrelay.server.middleware import AccessLog, ApiKey, CallersTrace
+from ditrelay.server.origins import KnownHosts, OwnPages, known_names
+from ditrelay.server.proxies import Forwarded, Proxies
+from ditrelay.server.sockets import is_open_to_others, listening, name_of
 
 if TYPE_CHECKING:
     from ditrelay.async_engine import AsyncEngine
@@ -35,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 # Once the engine is closed, all that is left is to send what is already there.
 _DRAIN_SECONDS = 3
+
+# Of an answer's headers, those that pages of other web sites may read.
+_EXPOSED = ("Retry-After", "Preference-Applied", "Content-Disposition", "Accept-Ranges", "Content-Range")
 
 _OF_CONNECTION = 3  # descriptors
 _LEAST_CONNECTIONS = 8
@@ -60,6 +67,7 @@ def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException]
         lifespan=_lifespan(context, on_failed_start),
         middleware=_middleware(context),
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
     )
     app.state.context = context
@@ -71,6 +79,7 @@ def create_app(engine: AsyncEngine, *, on_failed_start: Callable[[BaseException]
     app.include_router(activity.router)
     app.include_router(service.router)
     app.include_router(metrics.router)
+    app.include_router(api_docs.router)
     playground.install(app)
     return app
 
@@ -85,8 +94,29 @@ def _middleware(context: Context) -> list[Middleware]:
         retry_after=lambda: context.engine.status().retry_after,
     )
     traced = [Middleware(CallersTrace)] if args.traces_url() else []
-    guard = Middleware(ApiKey, key=key) if key else Middleware(OwnPages)
-    return [Middleware(AccessLog), guard, limit, *traced]
+    forwarded = Middleware(Forwarded, proxies=Proxies.of(args))
+    return [Middleware(AccessLog), forwarded, *_guards(args, key), limit, *traced]
+
+
+def _guards(args: ServerArgs, key: str | None) -> list[Middleware]:
+    """Who may use the server, the outermost first."""
+    guards = []
+    if key is None or args.allowed_hosts is not None:
+        guards.append(Middleware(KnownHosts, names=known_names(args)))
+    if args.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=args.cors_origins,
+            allow_methods=("GET", "HEAD", "POST", "DELETE"),
+            allow_headers=("*",),
+            allow_private_network=True,
+            expose_headers=_EXPOSED,
+        )
+        guards.append(cors)
+    if key is not None:
+        return [*guards, Middleware(ApiKey, key=key)]
+    public = args.public_origin[1] if args.public_origin else None
+    return [*guards, Middleware(OwnPages, allowed=args.cors_origins, public=public)]
 
 
 def _lifespan(
@@ -121,7 +151,7 @@ def _lifespan(
 
 
 def serve(args: ServerArgs) -> int:
-    """Serve ``args`` until SIGINT or SIGTERM. To be called in the main thread.
+    """Serve ``args`` until SIGINT, SIGTERM or SIGHUP. To be called in the main thread.
 
     Returns:
         The exit code: 0 after a signal, 1 where the engine did not start, 2 where a setting is wrong (a taken port).
@@ -130,8 +160,8 @@ def serve(args: ServerArgs) -> int:
     logs.configure(args.log_level)
     try:
         connection_limit(args)
-        with closing(listen(args.host, args.port)) as listener:
-            return asyncio.run(_serve(args, listener))
+        with listening(args) as sockets:
+            return asyncio.run(_serve(args, sockets))
     except ConfigError as error:
         logger.error("%s", error.on_command_line)
         return 2
@@ -147,29 +177,7 @@ def connection_limit(args: ServerArgs) -> int:
     return min(args.max_connections, free // _OF_CONNECTION)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; ``port`` 0 takes a free one.
-
-    Raises:
-        ConfigError: the address or the port cannot be had.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.create_server(address, family=family)
-    except UnicodeError as error:
-        raise ConfigError("--host", f"{host!r} is not an address or a host name") from error
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError("--port", f"{port} is taken on {host}; choose another, or 0 for a free one") from error
-        flag = "--port" if error.errno == errno.EACCES else "--host"
-        raise ConfigError(flag, f"cannot listen on {host}:{port}: {error.strerror}") from error
-    # Its connections inherit this, and asyncio sets it only on those of sockets that it made. Without it the body of an
-    # answer may wait 40 ms for the client to acknowledge the headers.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listener
-
-
-async def _serve(args: ServerArgs, listener: socket.socket) -> int:
+async def _serve(args: ServerArgs, sockets: list[socket.socket]) -> int:
     # Imported late: it takes seconds, and a taken port is told before.
     from ditrelay.async_engine import AsyncEngine
 
@@ -177,9 +185,17 @@ async def _serve(args: ServerArgs, listener: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.on_signal)
-    host, port = listener.getsockname()[:2]
-    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-    await server.serve(sockets=[listener])
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # else it was started by nohup
+        loop.add_signal_handler(signal.SIGHUP, server.on_hangup)
+    for each in sockets:
+        logger.info("Listening on %s", name_of(each))
+    if args.client_key() is None and (reached := [name_of(each) for each in sockets if is_open_to_others(each)]):
+        logger.warning(
+            "whoever reaches %s may use this server: set %s to let in only those who have the key",
+            " and ".join(reached),
+            API_KEY_VARIABLE,
+        )
+    await server.serve(sockets=sockets)
     if isinstance(server.failure, ConfigError):
         return 2
     return 1 if server.failure else 0
@@ -222,6 +238,11 @@ class EngineServer(uvicorn.Server):
             self._draining = asyncio.create_task(self._drain())
         else:
             self.stop()
+
+    def on_hangup(self) -> None:
+        """As the first of the other signals; a terminal that is closed sends it more than once."""
+        if self._draining is None:
+            self.on_signal()
 
     def stop(self) -> None:
         """End ``serve`` soon; requests that run are answered with 503."""

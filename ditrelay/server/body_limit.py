@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ditrelay.server.encodings import Inflater, JsonSize, check_encoding
 from ditrelay.server.held_bytes import Arrival, HeldBytes, RequestBytes, client_of, count_bytes
 from ditrelay.server.problem import Refused
+from ditrelay.server.proxies import route_of
 
 if TYPE_CHECKING:
     from ditrelay.runtime.server_args import ServerArgs
@@ -111,7 +112,7 @@ class _Incoming:
         self._rules = rules
         self._counted = counted
         self._arrival = Arrival(counted, rate=rules.rate, patience=rules.timeout)
-        self._is_upload = scope.get("path") in _UPLOADS
+        self._is_upload = route_of(scope) in _UPLOADS
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         # Whatever is no form may be read as JSON.
         self._json = None if kind == _FORM else JsonSize(rules.max_json)

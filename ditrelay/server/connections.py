@@ -42,16 +42,18 @@ class ConnectionRules:
     header_timeout: seconds that a connection may be without a request that is complete but for its body.
     write_timeout: seconds in which a client must take what lies ready for it.
     max_unsent: bytes of all answers together that clients have not taken yet.
+    prefix: the path before every address.
     """
 
     limit: int = 1000
     header_timeout: float = 30.0
     write_timeout: float = 30.0
     max_unsent: int = 256 << 20
+    prefix: str = ""
 
     @classmethod
     def of(cls, args: ServerArgs, limit: int) -> ConnectionRules:
-        return cls(limit, args.header_timeout, args.write_timeout, args.max_unsent_bytes)
+        return cls(limit, args.header_timeout, args.write_timeout, args.max_unsent_bytes, args.prefix)
 
 
 class Connections:
@@ -220,7 +222,7 @@ class Connection(H11Protocol):
         async def send_slowly(message: Message) -> None:
             await self.outgoing.send(send, message)
 
-        if self.is_spare and scope["path"] not in _WATCHING:
+        if self.is_spare and scope["path"].removeprefix(self._all.rules.prefix) not in _WATCHING:
             self._all.traffic.turned_away["too_many"] += 1
             return await too_many_connections(self._all.rules.limit).response()(scope, receive, send_slowly)
         await self._served(scope, receive, send_slowly)

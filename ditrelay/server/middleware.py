@@ -1,21 +1,20 @@
-"""What happens to every HTTP request, whatever its address: one log line, and who may send it."""
+"""What happens to every HTTP request, whatever its address: one log line, the key, the caller's trace."""
 
 from __future__ import annotations
 
 import hmac
 import logging
 import re
-import socket
 import time
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ditrelay.runtime.telemetry import CARRIER_HEADERS, called_by
 from ditrelay.server import playground
-from ditrelay.server.addresses import address_of
-from ditrelay.server.problem import cross_site, shorten, strange_host, unauthorized
+from ditrelay.server.problem import shorten, unauthorized
+from ditrelay.server.proxies import route_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +22,11 @@ logger = logging.getLogger(__name__)
 _POLLED = frozenset({"/health", "/ready", "/metrics", "/v1/jobs", "/v1/topology"})
 
 # Open to all: what watches the server has no key, and the address of a file is a secret of its own.
-_OPEN_PATH = "/health"
+_OPEN_PATHS = frozenset({"/health", "/ready"})
 _OPEN_FILE = re.compile("/v1/images/[^/]+/content")
 
-_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+# In place of ``Authorization``, as Anthropic's and Azure's clients send it.
+_KEY_HEADERS = frozenset({b"x-api-key", b"api-key"})
 
 # Of a path, in the log: whoever has no key can ask for paths of 64 KiB, too.
 _LOGGED_CHARACTERS = 200
@@ -52,7 +52,7 @@ class AccessLog:
         try:
             await self._app(scope, receive, send_and_note)
         finally:
-            level = logging.DEBUG if _is_noise(scope["path"]) else logging.INFO
+            level = logging.DEBUG if _is_noise(route_of(scope)) else logging.INFO
             seconds = time.monotonic() - began
             # Quoted: a path may hold a newline, and a log line must stay one line.
             path = quote(shorten(scope["path"], _LOGGED_CHARACTERS))
@@ -64,7 +64,10 @@ def _is_noise(path: str) -> bool:
 
 
 class ApiKey:
-    """Answers 401 to whoever does not send ``Authorization: Bearer KEY``, but for addresses that are open to all."""
+    """Answers 401 to whoever does not send the key, but for addresses that are open to all.
+
+    It is in ``Authorization: Bearer KEY``, ``x-api-key`` or ``api-key``; a header that comes twice counts for nothing.
+    """
 
     def __init__(self, app: ASGIApp, *, key: str) -> None:
         self._app = app
@@ -77,63 +80,20 @@ class ApiKey:
             await unauthorized().response()(scope, receive, send)
 
     def _knows_key(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        if len(given) != 1:
-            return False
-        scheme, _, key = given[0].partition(b" ")  # the scheme's case is free (RFC 9110)
+        names = [name for name, _ in scope["headers"]]
+        once = [(name, value) for name, value in scope["headers"] if names.count(name) == 1]
+        given = [value for name, value in once if name in _KEY_HEADERS]
+        for name, value in once:
+            scheme, _, key = value.partition(b" ")
+            if name == b"authorization" and scheme.lower() == b"bearer":  # the scheme's case is free (RFC 9110)
+                given.append(key)
         # In constant time: how long it takes must not tell how much of a guess was right.
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key, self._key)
+        return any([hmac.compare_digest(each, self._key) for each in given])
 
 
 def _is_open(scope: Scope) -> bool:
-    path: str = scope["path"]
-    return path == _OPEN_PATH or _OPEN_FILE.fullmatch(path) is not None or playground.is_open(scope)
-
-
-class OwnPages:
-    """Answers 403 to pages of other web sites: for servers without a key.
-
-    Browsers let any page send forms to a server on its visitor's machine, and say so in ``Sec-Fetch-Site``, which no
-    page can change. Other clients have no such header. A site may also let its own name point to the visitor's machine
-    (DNS rebinding): then its pages seem to be the server's own and may read, too, but ``Host`` has the site's name.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif (name := _strange_name(scope)) is not None:
-            await strange_host(name).response()(scope, receive, send)
-        elif scope["method"] not in _READING and _is_cross_site(scope):
-            await cross_site().response()(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-
-def _strange_name(scope: Scope) -> str | None:
-    """By which name, not the machine's own, a loopback address was called; an address is no name."""
-    host = Headers(scope=scope).get("host")
-    if not host or not _is_loopback(scope.get("server")):
-        return None
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return host
-    own = {"localhost", socket.gethostname().lower()}
-    if address_of(name) is not None or name in own or name.endswith((".localhost", ".local")):
-        return None
-    return name
-
-
-def _is_loopback(server: tuple[str, int | None] | None) -> bool:
-    address = address_of(server[0]) if server else None
-    return address is not None and address.is_loopback
-
-
-def _is_cross_site(scope: Scope) -> bool:
-    return Headers(scope=scope).get("sec-fetch-site") == "cross-site"
+    path = route_of(scope)
+    return path in _OPEN_PATHS or _OPEN_FILE.fullmatch(path) is not None or playground.is_open(scope)
 
 
 class CallersTrace:

@@ -12,6 +12,8 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
+from ditrelay.server.proxies import route_of
+
 PREFIX = "/playground"
 
 # The page runs its own scripts and styles only, talks to its own server only, and cannot be framed. Pictures and clips
@@ -72,7 +74,7 @@ def is_browser(headers: Headers) -> bool:
 
 def is_open(scope: Scope) -> bool:
     """Whether this may be had without a key: the page asks for the key, and holds nothing that needs one."""
-    path: str = scope["path"]
+    path = route_of(scope)
     return path.startswith(f"{PREFIX}/") or (path == "/" and is_browser(Headers(scope=scope)))
 
 

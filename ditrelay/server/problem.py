@@ -15,6 +15,7 @@ from starlette.routing import compile_path
 
 from ditrelay.errors import DitrelayError, EngineClosed, InvalidRequest, QueueFull, RequestCancelled, RequestFailed
 from ditrelay.runtime.descriptors import EXHAUSTED
+from ditrelay.server.proxies import route_of
 from ditrelay.server.schemas import Error, ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -103,14 +104,15 @@ def store_down() -> ApiError:
 
 def unauthorized() -> ApiError:
     """401: the key is missing or wrong. Does not say which."""
-    message = "a valid API key is needed: send it as 'Authorization: Bearer KEY'"
+    message = "a valid API key is needed: send it as 'Authorization: Bearer KEY', or in x-api-key or api-key"
     return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", "Connection": "close"})
 
 
-def cross_site() -> ApiError:
+def cross_site(origin: str) -> ApiError:
     """403: a page of another web site sent it, and there is no key that would tell whether its owner may."""
     message = (
-        "pages of other web sites may not use this server; a server with --api-key lets those in that have the key"
+        f"Origin: pages of other web sites ({shorten(origin)}) may not use this server; allowed: its own pages, "
+        "those of --cors-origin, and with --api-key all that have the key"
     )
     return ApiError(403, message, code="cross_site_request", headers={"Connection": "close"})
 
@@ -118,8 +120,8 @@ def cross_site() -> ApiError:
 def strange_host(name: str) -> ApiError:
     """403: called by a name that is not this machine's, as by a web site that lets its own name point here."""
     message = (
-        f"Host: {shorten(name)!r} is not a name of this machine; allowed: localhost and addresses, "
-        "which a proxy can send, too; a server with --api-key takes any name"
+        f"Host: {shorten(name)!r} is not a name of this machine; allowed: localhost, addresses, and the names of "
+        "--allowed-hosts and --public-url; a server with --api-key takes any name"
     )
     return ApiError(403, message, code="strange_host", headers={"Connection": "close"})
 
@@ -242,7 +244,7 @@ def _allow(request: Request, error: HTTPException) -> dict[str, str]:
     """All methods of the address: the router names those of the first route only."""
     methods = set((error.headers or {}).get("Allow", "").split(", ")) - {""}
     for path, operations in request.app.openapi()["paths"].items():
-        if compile_path(path)[0].match(request.url.path):
+        if compile_path(path)[0].match(route_of(request.scope)):
             methods |= {method.upper() for method in operations}
     if "GET" in methods:  # the page leaves it out
         methods.add("HEAD")
