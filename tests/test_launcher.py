@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from unittest.mock import MagicMock
 
@@ -118,3 +119,13 @@ def test_a_process_that_can_not_be_watched_is_not_left_running(monkeypatch: pyte
     with pytest.raises(OSError, match="Too many open files"):
         made.start(MagicMock(rank=0))
     process.kill.assert_called_once()
+
+
+def test_ctrl_c_and_the_end_of_the_terminal_reach_no_process_that_is_started_inside() -> None:
+    read = ["grep", "SigBlk", "/proc/self/status"]
+    with launcher.no_interrupts():
+        inside = subprocess.run(read, capture_output=True, text=True, timeout=30, check=True).stdout
+    after = subprocess.run(read, capture_output=True, text=True, timeout=30, check=True).stdout
+    both = 1 << (signal.SIGINT - 1) | 1 << (signal.SIGHUP - 1)
+    assert int(inside.split()[1], 16) & both == both
+    assert int(after.split()[1], 16) & both == 0

@@ -291,13 +291,15 @@ def _search_path() -> dict[str, str]:
 
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal. Those started inside leave it to the head, also while they import.
+    """Ctrl-C reaches every process of a terminal, and so does the SIGHUP of its end. Those started inside leave both to
+    the head, also while they import.
 
-    What this thread gets of it inside the block comes at its end.
+    What this thread gets of them inside the block comes at its end.
     """
-    resource_tracker.ensure_running()  # else multiprocessing starts it inside, and lets Ctrl-C in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
+        resource_tracker.ensure_running()  # else multiprocessing starts it inside, and lets Ctrl-C in again
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
