@@ -8,11 +8,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from ditrelay.errors import TransferError
 from ditrelay.runtime.communication import replica
-from ditrelay.runtime.communication.replica import Begin, ReplicaLeader, ReplicaPeer, Shutdown, Step, Stop
+from ditrelay.runtime.communication.replica import Begin, ReplicaLeader, ReplicaPeer, Shutdown, Step, Stop, Stopped
 from ditrelay.runtime.payloads import PayloadHeader
+from ditrelay.runtime.pipelines_core.executors import replica as led
 from ditrelay.runtime.request import Request, SamplingParams
 
 COMMANDS = [
@@ -103,3 +105,109 @@ def test_commands_of_another_shape_are_refused() -> None:
     for wrong in ({"type": "Evil"}, {"type": "Stop", "request_id": "r", "reason": "why"}, ["Step", "r"]):
         with pytest.raises(msgspec.ValidationError):
             decoder.decode(msgspec.msgpack.encode(wrong))
+
+
+# ---------------------------------------------------------------- what fails on all ranks alike costs one request
+
+
+class Channel:
+    """Both ends of a replica's channel: what the leader sent and the peer answered."""
+
+    def __init__(self) -> None:
+        self.said: list[object] = []
+
+    def send(self, command: object) -> None:
+        self.said.append(command)
+
+    answer = send
+
+    def all_stopped(self, request_id: str, seconds: float) -> bool:
+        return True
+
+
+class FailingAdapter:
+    """Its begin, restore and step raise, once there is an error."""
+
+    conditioning_names = latents_names = frozenset[str]()
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.abandoned = 0
+
+    def begin(self, requests: object, state: object) -> object:
+        return self._do()
+
+    def step(self, session: object) -> bool:
+        self._do()
+        return True
+
+    def restore(self, session: object, captured: object) -> None:
+        self._do()
+
+    def abandon(self, session: object) -> None:
+        self.abandoned += 1
+
+    def _do(self) -> object:
+        if self.error is not None:
+            raise self.error
+        return object()
+
+
+ANY_ERRORS = [AttributeError("no such part"), ImportError("no kernel"), MemoryError(), StopIteration(), Exception("?")]
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is broadcast: each end has an empty payload."""
+    payload = led.encode_state({}, batch_id="r", request_ids=["r"])
+    monkeypatch.setattr(led, "broadcast_payload", lambda given, header, device: payload)
+
+
+def begin(image: bytes | None = None) -> Request:
+    return Request(request_id="r", params=SamplingParams(prompt="a cat", image=image))
+
+
+@pytest.mark.parametrize("error", ANY_ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("at", ["begin", "restore", "step"])
+def test_a_peer_outlives_whatever_a_denoise_raises_and_takes_the_next_one(
+    at: str, error: Exception, alone: None
+) -> None:
+    channel, adapter = Channel(), FailingAdapter()
+    follower = led._Follower(channel, adapter, torch.device("cpu"))  # type: ignore[arg-type]
+    header = PayloadHeader("r", ("r",), (), (), 0)
+    if at == "begin":
+        adapter.error = error
+    follower.obey(Begin(begin(), header))
+    adapter.error = error
+    if at != "begin":
+        follower.obey(Step("r") if at == "step" else replica.Restore("r", header))
+    follower.obey(Stop("r", "failed"))
+    assert channel.said == [Stopped("r")] and adapter.abandoned == (at != "begin")
+    adapter.error = None
+    follower.obey(Begin(begin(), header))
+    follower.obey(Step("r"))
+
+
+@pytest.mark.parametrize("error", ANY_ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("at", ["begin", "restore", "step"])
+def test_a_leader_tells_its_peers_of_whatever_a_denoise_raises(at: str, error: Exception, alone: None) -> None:
+    channel, inner = Channel(), FailingAdapter()
+    adapter = led.LedAdapter(inner, channel, torch.device("cpu"))  # type: ignore[arg-type]
+    if at == "begin":
+        inner.error = error
+        with pytest.raises(type(error)):
+            adapter.begin([begin()], {})
+    else:
+        session = adapter.begin([begin()], {})
+        inner.error = error
+        with pytest.raises(type(error)):
+            adapter.step(session) if at == "step" else adapter.restore(session, {})
+    assert channel.said[-1] == Stop("r", "failed")
+
+
+def test_peers_do_not_get_the_bytes_of_a_picture_but_know_that_there_is_one(alone: None) -> None:
+    channel = Channel()
+    led.LedAdapter(FailingAdapter(), channel, torch.device("cpu")).begin([begin(b"x" * 1_000_000)], {})  # type: ignore[arg-type]
+    (command,) = channel.said
+    assert isinstance(command, Begin) and command.request.params.image == b""
+    assert len(msgspec.msgpack.encode(command)) < 10_000

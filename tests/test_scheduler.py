@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
-from scheduler_desk import ONE_AND_ONE, Desk
+from scheduler_desk import ONE_AND_ONE, SPLIT, Desk
 from simulated_worker import header, request
 
 from ditrelay.runtime.messages import (
@@ -386,3 +387,15 @@ def test_a_full_member_shrinks_the_window_of_its_whole_replica():
     beat(desk, 1, 0.95)
     beat(desk, 0, 0.5)
     assert window(desk, 2, 0) == 1
+
+
+@pytest.mark.parametrize("units", [ONE_AND_ONE, SPLIT, (("n", 2), ("ed", 1))], ids=["pair", "split", "replica"])
+def test_a_pictures_bytes_go_to_the_rank_that_encodes_alone_however_the_request_travels(units: tuple[tuple[str, int]]):
+    picture = b"x" * 100_000
+    desk = Desk(*units)
+    desk.bring("a", None, image=picture)
+    sizes = {action: len(msgspec.msgpack.encode(action)) for action in desk.log if not isinstance(action, Finish)}
+    assert [type(action) for action, size in sizes.items() if size > 10_000] == [Encode]
+    assert sum(sizes.values()) < len(picture) + 10_000
+    expects = desk.of(Expect, desk.log)
+    assert len(expects) == 2 and all(expect.request.params.image == b"" for expect in expects), "there was a picture"

@@ -25,7 +25,10 @@ class _Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Encode(_Message, frozen=True, tag=True):
-    """Run the encoders for ``request`` and keep the conditioning until ``Release`` or ``Drop``."""
+    """Run the encoders for ``request`` and keep the conditioning until ``Release`` or ``Drop``.
+
+    No other message has the bytes of the request's picture: ``Expect`` has an empty one, ``Preview`` none.
+    """
 
     rank: int
     request: Request

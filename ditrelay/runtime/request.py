@@ -82,6 +82,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
 
 
+def without_picture(request: Request) -> Request:
+    """The request for ranks that do not encode: its picture may have megabytes. Whether it has one is still told."""
+    if not request.params.image:
+        return request
+    return replace(request, params=replace(request.params, image=b""))
+
+
 def spread(prompt: str | Sequence[str], num_images: int, **sampling: Unpack[Sampling]) -> list[SamplingParams]:
     """``num_images`` parameter sets for each prompt; with one seed given, number i gets seed + i.
 

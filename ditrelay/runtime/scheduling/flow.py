@@ -34,7 +34,7 @@ from ditrelay.runtime.messages import (
     Submit,
 )
 from ditrelay.runtime.payloads import PayloadHeader
-from ditrelay.runtime.request import RequestState
+from ditrelay.runtime.request import RequestState, without_picture
 from ditrelay.runtime.scheduling.ledger import Ledger, at_worker, on_edge
 from ditrelay.runtime.scheduling.recovery import Recovery
 from ditrelay.runtime.scheduling.state import NEXT, EdgeState, Record, Station, UnitState
@@ -283,7 +283,8 @@ class Flow:
     def _move(self, record: Record, edge: EdgeState, seq: int, header: PayloadHeader, *, early: bool = False) -> None:
         src, dst, generation = edge.src.leader, edge.dst.leader, edge.generation
         self._ledger.out.append(Send(src, record.id, dst, generation, seq, early))
-        self._ledger.out.append(Expect(dst, record.request, src, generation, seq, header, early))
+        request = without_picture(record.request)
+        self._ledger.out.append(Expect(dst, request, src, generation, seq, header, early))
 
     def _land(self, record: Record) -> None:
         assert record.at is not None

@@ -27,8 +27,8 @@ class PipelineExecutor(Protocol):
     def execute(self, stages: Sequence[Stage], batch: Batch, server_args: ServerArgs) -> ExecutorOutput: ...
 
 
-# What a stage may raise because of its input, its model (libraries assert, too) or its device; a programming error
-# passes through.
+# What a stage may raise because of its input, its model (libraries assert, too) or its device. Without a head a
+# programming error passes through; with one it fails its request, on a single rank and on a replica alike.
 STAGE_ERRORS = (
     DitrelayError,
     RuntimeError,

@@ -30,9 +30,9 @@ from ditrelay.runtime.communication.replica import (
 )
 from ditrelay.runtime.payloads import Payload, State
 from ditrelay.runtime.pipelines_core.executors.lane import finish_device_work
-from ditrelay.runtime.pipelines_core.executors.pipeline_executor import STAGE_ERRORS, describe
+from ditrelay.runtime.pipelines_core.executors.pipeline_executor import describe
 from ditrelay.runtime.pipelines_core.executors.stage_run import free_after
-from ditrelay.runtime.request import Request
+from ditrelay.runtime.request import Request, without_picture
 
 if TYPE_CHECKING:
     from ditrelay.models.adapter import Frames, Give
@@ -78,11 +78,11 @@ class LedAdapter:
         request = requests[0]
         ids = [r.request_id for r in requests]
         payload = encode_state(state, batch_id=request.request_id, request_ids=ids)
-        self._leader.send(Begin(request, payload.header))
+        self._leader.send(Begin(without_picture(request), payload.header))
         try:
             broadcast_payload(payload, payload.header, self._device)
             return _LedSession(self._inner.begin(requests, state), request.request_id)
-        except STAGE_ERRORS as error:
+        except Exception as error:
             self._agree_on_failure(request.request_id, error)
             raise
 
@@ -106,7 +106,7 @@ class LedAdapter:
         try:
             broadcast_payload(payload, payload.header, self._device)
             self._inner.restore(session.inner, captured)
-        except STAGE_ERRORS as error:
+        except Exception as error:
             session.open = False
             self._agree_on_failure(request_id, error)
             raise
@@ -116,7 +116,7 @@ class LedAdapter:
         self._leader.send(Step(session.request_id))
         try:
             return self._inner.step(session.inner)
-        except STAGE_ERRORS as error:
+        except Exception as error:
             session.open = False
             self._agree_on_failure(session.request_id, error)
             raise
@@ -185,9 +185,9 @@ class _Follower:
                     self._stop(request_id, answer=reason == "failed")
                 case None:
                     self._check_leader_failed_too()
-        except STAGE_ERRORS as error:
-            if isinstance(error, ReplicaBroken):
-                raise
+        except ReplicaBroken:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it was, as on a single rank: its request fails
             logger.debug("the denoise failed on a peer: %s", describe(error))
             self._error, self._failed_at = error, time.monotonic()
 
