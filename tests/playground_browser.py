@@ -67,6 +67,32 @@ NOTE_PROGRESS = """() => {
   new MutationObserver(note).observe(document.getElementById("cards"), all);
 }"""
 
+# Which of the order's parts the hint below the prompt is drawn over.
+COVERED = """() => {
+  const box = (each) => each.getBoundingClientRect();
+  const hint = box(document.getElementById("prompt-hint"));
+  const parts = [...document.querySelectorAll("#ask > *:not(.hidden), #order-error, #settings")];
+  const meets = ({left, right, top, bottom}) =>
+    hint.left < right && left < hint.right && hint.top < bottom && top < hint.bottom;
+  return parts.filter((part) => box(part).height && meets(box(part))).map((part) => part.id);
+}"""
+
+# Notes in window.seen.bare each frame in which a card that has shown a preview shows nothing.
+NOTE_BLANKS = """() => {
+  const seen = (window.seen = {frames: 0, bare: []});
+  let hasPreview = false;
+  const isSeen = (picture) =>
+    picture.complete && picture.naturalWidth > 0 && Number(getComputedStyle(picture).opacity) === 1;
+  const look = () => {
+    const pictures = [...document.querySelectorAll(".card .frame img")];
+    hasPreview ||= pictures.length > 0;
+    if (hasPreview) seen.frames += 1;
+    if (hasPreview && !pictures.some(isSeen)) seen.bare.push(document.querySelector(".card .frame").innerHTML);
+    requestAnimationFrame(look);
+  };
+  look();
+}"""
+
 
 class KeyedServer(Server):
     """A server that asks for ``KEY``."""
@@ -99,12 +125,15 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def watched_page(browser: Any, url: str, *, key: str | None = KEY, wrong: tuple[str, ...] = (), **options: Any) -> Any:
+def watched_page(
+    browser: Any, url: str, *, key: str | None = KEY, wrong: tuple[str, ...] = (), init: str = "", **options: Any
+) -> Any:
     """A page in a fresh context, opened and ready; fails at its end if it complained or asked another origin.
 
     Args:
         key: what the tab knows already, as after its first question for it.
         wrong: parts of complaints that the test means to provoke.
+        init: what runs in the page before its own scripts do.
         options: of the context (``viewport``, ``color_scheme``, ``reduced_motion``, ...).
     """
     context = browser.new_context(**{"viewport": DESKTOP, **options})
@@ -116,6 +145,8 @@ def watched_page(browser: Any, url: str, *, key: str | None = KEY, wrong: tuple[
     page.on("request", lambda request: _is_own(request.url, url) or complaints.append(f"asked for {request.url}"))
     if key is not None:
         page.add_init_script(f"sessionStorage.setItem('ditrelay-key', {key!r})")
+    if init:
+        page.add_init_script(init)
     try:
         page.goto(url)
         if key is not None:
@@ -166,3 +197,8 @@ def number(page: Any, place: int = 0) -> int:
 
 def colour_of(page: Any, place: int = 0) -> str:
     return card(page, place).evaluate("root => root.style.getPropertyValue('--hue')")
+
+
+def marked(page: Any) -> list[str]:
+    """The inputs that are said to be wrong."""
+    return page.evaluate("[...document.querySelectorAll('#order [aria-invalid=true]')].map((each) => each.id)")

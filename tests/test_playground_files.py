@@ -86,7 +86,7 @@ def test_a_file_that_has_not_changed_is_not_sent_again():
 def test_what_a_file_names_is_there_and_nothing_is_asked_of_other_servers():
     for path in FOLDER.iterdir():
         text = path.read_text(encoding="utf-8")
-        for name in re.findall(r'(?:from|import) "\./([^"]+)"', text) + re.findall(r'"/playground/([^"]+)"', text):
+        for name in re.findall(r'(?:from|import) "\./([^"]+)"', text) + re.findall(r'"playground/([^"]+)"', text):
             assert (FOLDER / name).is_file(), f"{path.name} names {name}"
         assert re.findall(r"https?://(?!www\.w3\.org/)\S+", text) == [], path.name
 
@@ -97,6 +97,41 @@ def test_no_file_has_inline_code_or_makes_html_of_text():
     for path in FOLDER.glob("*.js"):
         forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function"
         assert not re.search(forbidden, path.read_text(encoding="utf-8")), path.name
+
+
+def test_the_page_names_no_path_of_its_server_from_the_root():
+    """So that it works under any path of a proxy."""
+    for path in FOLDER.iterdir():
+        rooted = r"""(?:href|src|action)=["']/[^"']*|["']/(?:v1|playground|docs|ready|metrics)\b|`/v1/[^`]*\$\{"""
+        assert re.findall(rooted, path.read_text(encoding="utf-8")) == [], path.name
+
+
+def luminance(colour: str) -> float:
+    """Of ``#rrggbb``, relative (WCAG 2)."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    lower, higher = sorted((luminance(one), luminance(other)))
+    return (higher + 0.05) / (lower + 0.05)
+
+
+@pytest.mark.parametrize("colour", PALETTE)
+def test_white_text_is_readable_on_each_colour(colour):
+    assert contrast(colour, "#ffffff") >= 4.5
+
+
+def test_every_colour_of_text_is_readable_on_what_it_is_written_on_light_and_dark():
+    style = (FOLDER / "style.css").read_text(encoding="utf-8")
+    light, dark = (dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", part)) for part in style.split("@media", 2)[:2])
+    for scheme in (light, dark):
+        for text in ("ink", "grey", "pale", "bad"):
+            for ground in ("paper", "surface", "raised", "lane"):
+                found = contrast(scheme[text], scheme[ground])
+                assert found >= 4.5, f"{text} {scheme[text]} on {ground} {scheme[ground]}: {found:.2f}"
+        assert contrast(scheme["accent-ink"], scheme["accent"]) >= 4.5
 
 
 def test_the_page_has_the_colours_of_the_written_timelines():

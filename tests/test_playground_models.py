@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
+import numpy as np
 import pytest
 import tiny_models
 from picture_samples import picture
 from playground_browser import BEARER, KeyedServer, ask, chromium, setting, until, watched_page
+from playground_desk import Desk
+
+from ditrelay.models.card import load_card
+from ditrelay.runtime.pipelines_core.media import encode_clip
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,8 @@ def small(page: Any, steps: str) -> None:
         setting(page, name, value)
 
 
-def test_a_clip_is_made_plays_and_is_still_there_in_a_new_tab(browser, clips):
-    with watched_page(browser, clips.url) as page:
+def test_a_clip_is_made_plays_and_is_still_there_after_a_reload_until_it_is_cleared(browser, clips):
+    with watched_page(browser, clips.url, wrong=("503",)) as page:
         assert page.inner_text("#draw") == "Make"
         small(page, steps="3")
         setting(page, "seed", "5")
@@ -49,13 +55,21 @@ def test_a_clip_is_made_plays_and_is_still_there_in_a_new_tab(browser, clips):
         [video] = httpx.get(f"{clips.url}/v1/videos", headers=BEARER, timeout=10).json()["data"]
         address = f"{clips.url}/v1/videos/{video['id']}/content"
         assert saving.value.path().read_bytes() == httpx.get(address, headers=BEARER, timeout=10).content
-    with watched_page(browser, clips.url, wrong=("503",)) as page:
-        page.wait_for_selector(".card.done video")
-        assert page.inner_text(".card .prompt") == "a fox runs"
         begins = {"status": 503, "headers": {"Retry-After": "1"}, "json": {"error": {"message": "it begins"}}}
         page.route("**/v1/videos?*", lambda route: route.fulfill(**begins), times=1)
         page.reload()
         page.wait_for_selector(".card.done video")
+        assert page.inner_text(".card .prompt") == "a fox runs"
+        page.click("#clear")
+        page.reload()
+        page.wait_for_selector("#health[data-state=ready]")
+        assert page.locator(".card").count() == 0
+    with watched_page(browser, f"{clips.url}/?all") as other:
+        other.wait_for_selector(".card.done video")
+        assert other.inner_text(".card .prompt") == "a fox runs"
+        other.goto(clips.url)
+        other.wait_for_selector("#health[data-state=ready]")
+        assert other.locator(".card").count() == 0
 
 
 def test_a_clip_is_cancelled_in_the_middle_and_the_next_one_is_made(browser, clips):
@@ -86,21 +100,20 @@ def test_a_clip_of_a_seed_that_no_number_of_javascript_holds_is_shown_with_it(br
 
 
 def test_the_built_in_model_makes_a_clip_of_its_only_size_from_a_prompt(browser, tmp_path):
-    flags = ("--model-path", "builtin:emoji-video", "--device", "cpu", "--no-warmup", "--output-dir", str(tmp_path))
-    with KeyedServer(*flags) as server, watched_page(browser, server.url) as page:
+    clip = encode_clip([np.zeros((4, 96, 96, 3), np.uint8)], fps=8).data
+    how = {"card": load_card("builtin:emoji-video"), "file": clip, "output_dir": str(tmp_path)}
+    with Desk(**how) as desk, watched_page(browser, desk.url) as page:
         assert page.locator("#shape option").all_inner_texts() == ["Square (96 × 96)"]
         assert page.get_attribute("#seconds", "placeholder") == "1.5"
         ask(page, "a cat moving to the left")
         page.wait_for_selector(".card.done video")
         until(page, "document.querySelector('.card.done video').videoWidth === 96")
+        [params] = desk.asked("a cat moving to the left")
+        assert (params.width, params.height) == (96, 96)
 
 
 def test_a_picture_starts_from_one_of_the_gallery(browser):
-    with (
-        KeyedServer("--model-path", "builtin:emoji", "--device", "cpu", "--no-warmup") as server,
-        watched_page(browser, server.url, wrong=("400",)) as page,
-    ):
-        setting(page, "num_inference_steps", "3")
+    with Desk() as desk, watched_page(browser, desk.url, wrong=("400",)) as page:
         ask(page, "a red apple")
         page.wait_for_selector(".card.done")
         assert page.is_hidden("#strength")
@@ -108,26 +121,26 @@ def test_a_picture_starts_from_one_of_the_gallery(browser):
         setting(page, "strength", "0.7")
         ask(page, "a green apple")
         until(page, "document.querySelectorAll('.card.done').length === 2")
+        [params] = desk.asked("a green apple")
+        assert params.image is not None and params.strength == 0.7
 
         page.set_input_files("#image", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
         ask(page, "a blue apple")
-        page.wait_for_selector(".card.failed")
-        assert page.inner_text("#order-error").startswith("image: ")
+        until(page, "document.getElementById('order-error').textContent.startsWith('image: ')")
+        assert page.get_attribute("#image", "aria-invalid") == "true"
+        assert page.locator(".card").count() == 2
         page.click("#image-clear")
         assert page.is_hidden("#strength")
+        assert page.get_attribute("#image", "aria-invalid") is None
 
 
-def test_a_model_that_looks_at_the_picture_is_not_asked_for_a_strength(browser, tmp_path):
-    model = str(tiny_models.build("flux2-klein", tmp_path / "model"))
-    with (
-        KeyedServer("--model-path", model, "--device", "cpu", "--no-warmup") as server,
-        watched_page(browser, server.url) as page,
-    ):
-        page.select_option("#shape", "custom")
-        for name, value in (("width", "64"), ("height", "64"), ("num_inference_steps", "2")):
-            setting(page, name, value)
+def test_a_model_that_looks_at_the_picture_is_not_asked_for_a_strength(browser):
+    card = msgspec.structs.replace(load_card("builtin:emoji"), default_strength=0.0)
+    with Desk(card=card) as desk, watched_page(browser, desk.url) as page:
         page.set_input_files("#image", {"name": "a.png", "mimeType": "image/png", "buffer": picture(64, 64)})
         assert page.is_hidden("#strength")
         ask(page, "a green apple")
         page.wait_for_selector(".card:not(.working)")
         assert page.is_visible(".card.done"), page.inner_text(".card .state")
+        [params] = desk.asked("a green apple")
+        assert params.image is not None and params.strength is None

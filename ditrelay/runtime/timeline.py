@@ -16,18 +16,18 @@ TRANSFER_KINDS: frozenset[LaneKind] = frozenset({"send", "receive"})
 
 # Twelve hues of one lightness, so ordered that requests of one moment differ most. White text is readable on each.
 PALETTE = (
-    "#3f7fd1",
-    "#d9713c",
-    "#2c9f86",
-    "#c95590",
-    "#7f8f2a",
-    "#7d6cd0",
-    "#bd8416",
-    "#2b93b5",
-    "#d65d62",
-    "#4e9a4c",
-    "#a860b8",
-    "#8a7560",
+    "#3073c9",
+    "#b95624",
+    "#24816d",
+    "#c34384",
+    "#6c7a24",
+    "#7563cd",
+    "#996b12",
+    "#247c99",
+    "#ce3f45",
+    "#428140",
+    "#a154b3",
+    "#84705c",
 )
 
 _ROLE_TITLES = {"dit": "DiT", "non_dit": "non-DiT", "encode": "encoder", "decode": "decoder"}

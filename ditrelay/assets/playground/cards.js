@@ -3,6 +3,7 @@
 import { colourOf, duration, ordinal } from "./numbers.js";
 
 const LEAST_LEFT = 3; // seconds that are worth to be told
+const LONGEST_DECODE = 3000; // milliseconds
 const SHOWN_SECONDS = 0.4; // a stage shorter than this is not announced
 const AFTER_DENOISE = new Set(["denoised", "to_decoder", "at_decoder", "decoding"]);
 const SVG = "http://www.w3.org/2000/svg";
@@ -17,13 +18,14 @@ export function share({ state, step, total }) {
 
 /** Its state, in words. */
 export function words(work) {
-  const { state, step, total, position, eta, note } = work;
+  const { state, step, total, position, eta, note, isLost } = work;
   if (note && !work.ended) return note;
+  if (isLost && !work.ended) return "No answer from the server";
   if (state === "failed") return note;
   if (state === "cancelled") return "Cancelled";
   if (state === "waiting" || state === "queued") return position ? `Waiting, ${ordinal(position)} in line` : "Waiting";
   if (state === "encoding") return "Reading the prompt";
-  if (AFTER_DENOISE.has(state)) return work.kind === "video" ? "Making the clip" : "Finishing";
+  if (AFTER_DENOISE.has(state) || state === "done") return work.kind === "video" ? "Making the clip" : "Finishing";
   if (state !== "denoising") return "On its way to be drawn";
   const left = eta >= LEAST_LEFT ? `, ${duration(Math.round(eta))} left` : "";
   return step ? `Step ${step} of ${total}${left}` : "Drawing";
@@ -42,6 +44,14 @@ export function element(tag, properties = {}, ...children) {
   const made = Object.assign(document.createElement(tag), properties);
   made.append(...children);
   return made;
+}
+
+/** Ends once a picture or a clip can be shown without a gap; after a while in any case. */
+function shownAtOnce(shown) {
+  const ready = shown.tagName === "IMG"
+    ? shown.decode().catch(() => {}) // what is broken is shown as the browser shows it
+    : new Promise((resolve) => ["loadeddata", "error"].forEach((name) => shown.addEventListener(name, resolve)));
+  return Promise.race([ready, new Promise((resolve) => setTimeout(resolve, LONGEST_DECODE))]);
 }
 
 /** A picture, or a clip that plays without sound for as long as it is seen. */
@@ -95,38 +105,50 @@ export class Card {
     this.#showPreview();
     if (this.shownState === work.state) return;
     this.shownState = work.state;
-    this.root.classList.remove("working", "done", "failed", "cancelled");
-    this.root.classList.add(work.ended ? work.state : "working");
-    this.bar.hidden = work.ended;
-    if (work.ended) this.#end();
+    if (work.state === "done") this.#showFile();
+    else if (work.ended) this.#end();
   }
 
-  #showPreview() {
+  /** The next preview takes the place of the last one only once it can be seen. */
+  async #showPreview() {
     const { preview, ended } = this.work;
     if (ended || !preview || preview === this.shownPreview) return;
     this.shownPreview = preview;
-    this.preview ??= element("img", { className: "preview", alt: "" });
-    this.preview.src = preview;
-    if (!this.preview.isConnected) this.frame.prepend(this.preview);
+    const next = element("img", { className: "preview", alt: "", src: preview });
+    await shownAtOnce(next);
+    if (this.shownPreview !== preview || this.work.ended) return; // there is a newer one, or all of it
+    this.preview?.remove();
+    this.preview = next;
+    this.frame.prepend(next);
     this.state.classList.add("over");
   }
 
-  #end() {
+  /** The file fades in over the last preview, which goes only then: at no moment is there nothing to see. */
+  async #showFile() {
     const { work } = this;
+    const shown = media(work.file, `${this.name}: ${work.prompt}`);
+    const onclick = () => this.hooks.onOpen(work);
+    const open = element("button", { type: "button", className: "open", onclick }, shown);
+    open.setAttribute("aria-label", `Enlarge ${this.name}: ${work.prompt}`);
+    this.frame.prepend(open);
+    await shownAtOnce(shown);
+    this.frame.style.aspectRatio = shape(work);
+    open.classList.add("shown");
+    this.#end();
+    await Promise.allSettled(shown.getAnimations().map((each) => each.finished));
     this.preview?.remove();
-    if (work.state === "done") {
-      this.state.hidden = true;
-      this.frame.style.aspectRatio = shape(work);
-      const shown = media(work.file, `${this.name}: ${work.prompt}`);
-      const onclick = () => this.hooks.onOpen(work);
-      const open = element("button", { type: "button", className: "open", onclick }, shown);
-      open.setAttribute("aria-label", `Enlarge ${this.name}: ${work.prompt}`);
-      this.frame.prepend(open);
-    }
+  }
+
+  #end() {
+    const { state } = this.work;
     const hadFocus = this.root.contains(document.activeElement);
+    this.root.classList.replace("working", state);
+    this.bar.hidden = true;
+    this.state.hidden = state === "done";
+    if (state !== "done") this.preview?.remove();
     this.#showTools();
-    const next = this.frame.querySelector("button") ?? this.tools.querySelector("button");
-    if (hadFocus) next?.focus({ preventScroll: true });
+    // To no button: whoever is about to press the one that is gone would press that.
+    if (hadFocus) this.root.focus({ preventScroll: true });
   }
 
   #showTools() {
@@ -150,11 +172,14 @@ export class Card {
 
   #facts() {
     const { work, hooks } = this;
-    if (work.seed === null) return [];
-    const how = { type: "button", title: "Use this prompt and seed", onclick: () => hooks.onSeed(work) };
+    const how = { type: "button", onclick: () => hooks.onSeed(work) };
+    if (work.seed === null && !work.ended) return [];
+    if (work.seed === null) return [element("button", { ...how, textContent: "use this prompt" })];
+    how.title = "Use this prompt and seed";
     const seed = element("button", { ...how, textContent: `seed ${work.seed}` });
     const seconds = work.timings?.total ?? work.seconds;
-    return work.state === "done" && seconds !== null ? [seed, ` · ${duration(seconds)}`] : [seed];
+    if (work.state !== "done" || seconds === null) return [seed];
+    return [seed, ` · ${duration(seconds).replaceAll(" ", "\u00a0")}`];
   }
 }
 

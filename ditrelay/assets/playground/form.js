@@ -1,12 +1,16 @@
 // The order: the prompt and the settings that the model takes.
 
+import { FieldErrors } from "./field_errors.js";
+
 const $ = (id) => document.getElementById(id);
 const SHAPES = [
   ["Square", 1], ["Landscape 3:2", 3 / 2], ["Portrait 2:3", 2 / 3], ["Wide 16:9", 16 / 9], ["Tall 9:16", 9 / 16],
 ];
 // The fields of this form by the names that the server has for them.
-const FIELDS = { height: "shape", width: "shape", size: "shape", input_reference: "image", num_frames: "seconds" };
+const FIELDS = { n: "count", input_reference: "image", num_frames: "seconds" };
+const SIDES = ["width", "height"];
 const NUMBERS = ["num_inference_steps", "guidance_scale"];
+const UPLOAD_TOO_LARGE = 413;
 
 export class Form {
   /** @param limits: of the model (`/v1/models`). @param onOrder: called with each order. */
@@ -14,16 +18,13 @@ export class Form {
     Object.assign(this, { limits, onOrder });
     this.isVideo = limits.media === "video";
     this.image = null;
+    this.errors = new FieldErrors();
     this.#showFields();
     this.#setShapes();
     this.#setDefaults();
     $("order").addEventListener("submit", (event) => this.#submit(event));
-    $("order").addEventListener("input", () => this.#summarize());
-    $("prompt").addEventListener("keydown", (event) => {
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-      event.preventDefault();
-      $("order").requestSubmit();
-    });
+    $("order").addEventListener("input", (event) => this.#edited(event.target));
+    $("prompt").addEventListener("keydown", (event) => this.#key(event));
     $("shape").addEventListener("change", () => ($("custom").hidden = $("shape").value !== "custom"));
     $("image").addEventListener("change", () => this.startFrom($("image").files[0] ?? null));
     $("image-clear").addEventListener("click", () => this.startFrom(null));
@@ -42,23 +43,25 @@ export class Form {
       $("image").files = list.files;
     }
     $("strength").closest(".field").hidden = !file || !this.limits.default_strength; // 0: it has none
+    this.#edited($("image"));
   }
 
-  /** Say what the server says of a field. */
-  refuse(problem) {
-    const input = $(FIELDS[problem.param] ?? problem.param);
-    $("order-error").textContent = problem.message;
-    if (!input?.closest("#order")) return;
-    if (input.closest("#settings")) $("settings").open = true;
-    input.setAttribute("aria-invalid", "true");
-    input.focus();
+  /**
+   * Say at its field what is wrong with an order, where the form still holds that order. Returns whether it does: what
+   * has been changed meanwhile is not at fault.
+   */
+  refuse(order, problem) {
+    if (order.form !== this.#written()) return false;
+    this.errors.say(problem.message, this.#inputsOf(problem));
+    return true;
   }
 
   /** Fill in what drew `work`. */
   fill(work) {
     $("prompt").value = work.prompt;
-    $("seed").value = work.seed;
-    this.#summarize();
+    $("seed").value = work.seed ?? "";
+    this.#edited($("prompt"));
+    this.#edited($("seed"));
     $("prompt").focus();
   }
 
@@ -113,8 +116,8 @@ export class Form {
     const { limits } = this;
     const { multiple, max_side: side, default_width: width, default_height: height } = limits.size;
     const sides = { min: multiple, step: multiple, max: side };
-    Object.assign($("width"), { ...sides, value: width });
-    Object.assign($("height"), { ...sides, value: height });
+    Object.assign($("width"), { ...sides, value: width, placeholder: width });
+    Object.assign($("height"), { ...sides, value: height, placeholder: height });
     const steps = { min: limits.min_steps, max: limits.max_steps, placeholder: limits.default_steps };
     Object.assign($("num_inference_steps"), steps);
     const guidance = { max: limits.max_guidance_scale, placeholder: limits.default_guidance_scale };
@@ -126,10 +129,15 @@ export class Form {
     Object.assign($("seconds"), { placeholder: (usual / fps).toFixed(1), max: frames / fps });
   }
 
+  get #isCustom() {
+    return $("shape").value === "custom";
+  }
+
   #size() {
-    const text = $("shape").value === "custom" ? `${$("width").value}x${$("height").value}` : $("shape").value;
-    const [width, height] = text.split("x").map(Number);
-    return { text, width, height };
+    const typed = () => SIDES.map((side) => $(side).value || $(side).placeholder);
+    const sides = this.#isCustom ? typed() : $("shape").value.split("x");
+    const [width, height] = sides.map(Number);
+    return { width, height };
   }
 
   #summarize() {
@@ -140,37 +148,85 @@ export class Form {
     $("summary").textContent = `${width} × ${height} · ${steps} steps${seed}${count}`;
   }
 
+  /** What was said of `input` is said no longer; another shape puts an end to what was said of the sides, too. */
+  #edited(input) {
+    this.#summarize();
+    this.errors.edited(input === $("shape") ? [input, ...SIDES.map($)] : [input]);
+  }
+
+  // ------------------------------------------------------------ what is wrong
+
+  /** What the page can tell by itself; the server says the rest. */
+  #wrong(prompt) {
+    if (!prompt) return { message: "Say what to draw.", inputs: [$("prompt")] };
+    if (this.limits.needs_image && !this.image) {
+      return { message: "This model starts from a picture: choose one.", inputs: [$("image")] };
+    }
+    for (const input of $("order").querySelectorAll("input[type=number]")) {
+      if (input.closest("[hidden]") || input.validity.valid) continue;
+      return { message: `${input.labels[0].textContent.trim()}: ${input.validationMessage}`, inputs: [input] };
+    }
+    const [{ width, height }, { max_pixels: most }] = [this.#size(), this.limits.size];
+    if (!this.#isCustom || width * height <= most) return null;
+    const message = `${width} × ${height} is ${width * height} pixels; at most ${most} are allowed.`;
+    return { message, inputs: SIDES.map($) };
+  }
+
+  /** The inputs that a problem of the server's is about; none: the order as a whole. */
+  #inputsOf({ param, status, message }) {
+    if (SIDES.includes(param) || param === "size") return this.#sidesOf(param, message);
+    if (status === UPLOAD_TOO_LARGE && this.image) return [$("image")];
+    const input = $(FIELDS[param] ?? param);
+    return input?.closest("#order") && !input.closest("[hidden]") ? [input] : [];
+  }
+
+  #sidesOf(param, message) {
+    if (!this.#isCustom) return [$("shape")];
+    const isNamed = (side) => param === side || (param === "size" && new RegExp(`\\b${side}\\b`).test(message));
+    const named = SIDES.filter(isNamed);
+    return (named.length ? named : SIDES).map($);
+  }
+
   // ------------------------------------------------------------ the order
+
+  #key(event) {
+    const isOfAnInputMethod = event.isComposing || event.keyCode === 229; // which ends a word by Enter
+    if (event.key !== "Enter" || event.shiftKey || isOfAnInputMethod) return;
+    event.preventDefault();
+    if (!event.repeat) $("order").requestSubmit(); // held down, it is still one order
+  }
+
+  /** Order `prompt` with the settings as they are, or say what is wrong. Returns whether it is ordered. */
+  ask(prompt) {
+    const wrong = this.#wrong(prompt);
+    if (wrong) this.errors.say(wrong.message, wrong.inputs);
+    else {
+      this.errors.unsay();
+      this.onOrder({ ...this.order(prompt), form: this.#written() });
+    }
+    return !wrong;
+  }
 
   #submit(event) {
     event.preventDefault();
-    const wrong = this.#wrong();
-    for (const input of $("order").querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
-    $("order-error").textContent = "";
-    if (wrong) return this.refuse(wrong);
-    this.onOrder(this.order($("prompt").value.trim()));
+    if (!this.ask($("prompt").value.trim())) return;
     if (matchMedia("(pointer: coarse)").matches) $("prompt").blur(); // its keyboard would cover the page
     else $("prompt").select();
   }
 
-  /** What the page can tell by itself; the server says the rest. */
-  #wrong() {
-    if (!$("prompt").value.trim()) return { param: "prompt", message: "Say what to draw." };
-    if (this.limits.needs_image && !this.image) {
-      return { param: "image", message: "This model starts from a picture: choose one." };
-    }
-    for (const input of $("order").querySelectorAll("input[type=number]")) {
-      if (input.closest("[hidden]") || input.validity.valid) continue;
-      const name = input.closest(".field").firstChild.textContent.trim();
-      return { param: input.id, message: `${name}: ${input.validationMessage}` };
-    }
-    return null;
+  /** All that is in the form, to tell whether it has been changed. */
+  #written() {
+    const inputs = [...$("order").querySelectorAll("textarea, input:not([type=file]), select")];
+    const { name, size, lastModified } = this.image ?? {};
+    return JSON.stringify([...inputs.map((input) => input.value), name, size, lastModified]);
   }
 
   /** An order of `prompt` with the settings as they are. */
   order(prompt) {
-    const { text, width, height } = this.#size();
-    const body = { prompt, size: text };
+    const { width, height } = this.#size();
+    // A side that is wrong is named by the server where it was given by itself, which only pictures can.
+    const size = this.#isCustom && !this.isVideo ? { width, height } : { size: `${width}x${height}` };
+    const body = { prompt, ...size };
     for (const name of NUMBERS) if ($(name).value && !$(name).closest("[hidden]")) body[name] = Number($(name).value);
     const negative = $("negative_prompt").value.trim();
     if (negative && this.limits.negative_prompt) body.negative_prompt = negative;

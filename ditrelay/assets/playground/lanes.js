@@ -351,7 +351,10 @@ export class Lanes {
   }
 
   #key(event) {
-    if (event.key === "Enter" && this.#bar) return this.hooks.onPick(numberOf(this.#bar.job));
+    if (event.key === "Enter" && this.#bar) {
+      event.preventDefault(); // whatever has the focus then is not pressed
+      return this.hooks.onPick(numberOf(this.#bar.job));
+    }
     const [across, along] = ARROWS[event.key] ?? [0, 0];
     if (event.key === "Escape") return this.#choose(null);
     if (!across && !along) return;

@@ -1,16 +1,18 @@
 // Puts the page together.
 
 import { Activity, groupsOf, ranksInWords } from "./activity.js";
-import { Problem, follow, getJson, onLocked, pause, send } from "./api.js";
+import { Problem, follow, getJson, hasKey, onLocked, pause, send, wrongWithKey } from "./api.js";
 import { Announcer, Card, element } from "./cards.js";
 import { Form } from "./form.js";
 import { Lanes } from "./lanes.js";
+import { installReader } from "./reader.js";
 import { Works } from "./works.js";
 import { installViewer, openViewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const KEPT_CARDS = 300;
 const WATCH_SECONDS = 1;
+const HEALTH_SECONDS = 5; // that the server may take to say how it is
 const REPLACED_SECONDS = 8; // that a rank is said to be replaced
 const EXAMPLES = {
   image: ["a red apple", "a fox at night", "a rocket in space", "a small house in the snow"],
@@ -23,6 +25,7 @@ const cards = new Map(); // by number
 const generations = new Map(); // of the ranks
 const replaced = new Map(); // ranks, and when that was seen
 let connected = false;
+let wasLost = false; // the server: it may be a new one
 let warm = false; // every rank is up, and the server has said that it is ready
 let lookAgain = () => {}; // at the server's health
 let lanes, works, form;
@@ -32,7 +35,7 @@ let lanes, works, form;
 function addCard(work) {
   const card = new Card(work, {
     onCancel: (each) => works.cancel(each),
-    onAgain: ({ prompt, order }) => form.onOrder({ ...form.order(prompt), ...order, count: 1, seed: null }),
+    onAgain: ({ prompt, order }) => form.onOrder({ ...form.order(prompt), ...order, count: 1, seed: null, form: null }),
     onSeed: (each) => form.fill(each),
     onStart: startFrom,
     onOpen: openViewer,
@@ -49,6 +52,11 @@ function removeCard(work) {
   cards.get(work.number)?.root.remove();
   cards.delete(work.number);
   works.forget(work);
+}
+
+function dropCard(work) {
+  removeCard(work);
+  showTools();
 }
 
 function changed(work) {
@@ -74,7 +82,7 @@ function startFrom({ file }) {
 
 function showExamples(media) {
   const draw = (prompt) => {
-    const onclick = () => form.onOrder(form.order(prompt));
+    const onclick = () => form.ask(prompt);
     return element("button", { type: "button", textContent: prompt, onclick });
   };
   $("examples").replaceChildren("For instance:", ...EXAMPLES[media].map(draw));
@@ -84,16 +92,17 @@ function light(number) {
   for (const [each, card] of cards) card.root.classList.toggle("lit", each === number);
 }
 
+/** To the card itself, and to none of its buttons: the key that leads there must not press one. */
 function pick(number) {
-  const card = cards.get(number);
-  card?.root.scrollIntoView({ block: "nearest", behavior: "smooth" });
-  (card?.root.querySelector("button") ?? card?.root)?.focus({ preventScroll: true });
+  const root = cards.get(number)?.root;
+  root?.scrollIntoView({ block: "nearest", behavior: "smooth" });
+  root?.focus({ preventScroll: true });
 }
 
 // ------------------------------------------------------------ the pipeline
 
 async function watchActivity() {
-  const news = follow("/v1/activity", { onState: setConnected });
+  const news = follow("v1/activity", { onState: setConnected });
   for await (const { event, data } of news) {
     if (event === "topology") begin(data);
     else if (event === "activity") show(data);
@@ -143,7 +152,9 @@ async function watchHealth() {
 
 async function health() {
   try {
-    const { ranks, placement } = await getJson("/v1/topology");
+    const { ranks, placement } = await getJson("v1/topology", { timeout: HEALTH_SECONDS });
+    if (wasLost) await works.meetAgain();
+    wasLost = works.isLost = false;
     $("placement").textContent = (ranks.length > 1 && placement?.text) || "";
     const lost = lostRanks(ranks);
     const words = [...lost].map(([rank, state]) => `rank ${rank} is ${state}`).join(", ");
@@ -152,11 +163,16 @@ async function health() {
     if (!connected) return ["loading", "connecting", lost];
     if (!isWhole) return ["loading", words || "starting", lost];
     warm ||= await isReady();
-    return warm ? ["ready", words ? `ready, ${words}` : "ready", lost] : ["loading", "warming up", lost];
+    if (!warm) return ["loading", "warming up", lost];
+    const model = works.isOther ? "with another model now: reload this page" : "";
+    return ["ready", ["ready", words, model].filter(Boolean).join(", "), lost];
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     warm = false;
-    return ["lost", "no answer from the server", new Map()];
+    wasLost = true;
+    const isAnswered = error.status && !error.isLost; // by the server: it is there, and refuses
+    works.isLost = !isAnswered;
+    return ["lost", isAnswered ? error.message : "no answer from the server", new Map()];
   }
 }
 
@@ -175,7 +191,7 @@ function lostRanks(ranks) {
 
 async function isReady() {
   try {
-    await send("/ready");
+    await send("ready", { timeout: HEALTH_SECONDS });
     return true;
   } catch (error) {
     if (error.status === 503) return false;
@@ -186,7 +202,7 @@ async function isReady() {
 // ------------------------------------------------------------ the key
 
 function askForKey(wrong) {
-  $("key-error").textContent = wrong ? "The server does not take this key." : "";
+  sayOfKey(wrong ? "The server does not take this key." : "");
   $("key").value = "";
   const dialog = $("key-dialog");
   dialog.returnValue = "";
@@ -197,12 +213,24 @@ function askForKey(wrong) {
   });
 }
 
+function sayOfKey(message) {
+  $("key-error").textContent = message;
+  $("key").setAttribute("aria-invalid", message !== "");
+}
+
+function checkKey(event) {
+  const wrong = wrongWithKey($("key").value);
+  if (!wrong) return;
+  event.preventDefault();
+  sayOfKey(wrong);
+}
+
 // ------------------------------------------------------------ begin
 
 async function modelOf() {
   for (;;) {
     try {
-      return (await getJson("/v1/models")).data[0];
+      return (await getJson("v1/models")).data[0];
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       $("health").textContent = error.message;
@@ -211,6 +239,15 @@ async function modelOf() {
   }
 }
 
+/** A key that is held down presses a button once. */
+function pressOnce(event) {
+  const isPressed = event.key === "Enter" && event.target.closest("button, a, input, summary, canvas");
+  if (event.repeat && isPressed) event.preventDefault();
+}
+
+document.addEventListener("keydown", pressOnce, { capture: true });
+$("key-form").addEventListener("submit", checkKey);
+$("key").addEventListener("input", () => sayOfKey(""));
 onLocked(askForKey);
 installViewer();
 const model = await modelOf();
@@ -222,7 +259,12 @@ lanes = new Lanes($("lanes"), $("tip"), activity, {
   onFrame: showLoad,
   say: (text) => announcer.say(text),
 });
-works = new Works(model, { onNew: addCard, onChange: changed, onRefused: (problem) => form.refuse(problem) });
+works = new Works(model, {
+  onNew: addCard,
+  onChange: changed,
+  onDropped: dropCard,
+  onRefused: (order, problem) => form.refuse(order, problem),
+});
 form = new Form(model.limits, (order) => works.draw(order));
 showExamples(model.limits.media);
 showTools();
@@ -232,6 +274,7 @@ $("clear").addEventListener("click", () => {
   showTools();
 });
 $("cancel-all").addEventListener("click", () => works.unfinished.forEach((work) => works.cancel(work)));
-works.restore();
+if (hasKey()) installReader();
+works.restore({ everybody: new URLSearchParams(location.search).has("all") });
 watchActivity();
 watchHealth();

@@ -2,8 +2,8 @@
 
 /** The palette of the written timelines (runtime/timeline.py): white text is readable on each. */
 export const PALETTE = [
-  "#3f7fd1", "#d9713c", "#2c9f86", "#c95590", "#7f8f2a", "#7d6cd0",
-  "#bd8416", "#2b93b5", "#d65d62", "#4e9a4c", "#a860b8", "#8a7560",
+  "#3073c9", "#b95624", "#24816d", "#c34384", "#6c7a24", "#7563cd",
+  "#996b12", "#247c99", "#ce3f45", "#428140", "#a154b3", "#84705c",
 ];
 
 const KEPT = 2000;

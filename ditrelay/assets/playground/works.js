@@ -1,89 +1,40 @@
-// The pictures and clips that this page has asked for, from the order to their end. No DOM in here.
+// The pictures and clips of this page: sends what asks for them, and follows them to their end. No DOM in here.
 
-import { Problem, follow, getJson, pause, send } from "./api.js";
-import { bind, expect, nextNumber } from "./numbers.js";
+import { Problem, follow, getBody, getJson, pause, send } from "./api.js";
+import { pathOfFile } from "./address.js";
+import { blobOf, clipOf, fileName, picturesOf } from "./orders.js";
+import { oldClips, oldPictures } from "./restore.js";
+import { forgetJob, rememberJob } from "./store.js";
+import { Work } from "./work.js";
 
 // A browser keeps six connections to a server: two are left for the lanes and for what is asked in between. So a few
 // jobs are followed by their events, and how far the others are is asked for now and then.
 const STREAMS = 4;
 const MAX_N = 10;
-const PREVIEWS = 3;
-const LATER = { Prefer: "respond-async" }; // answered with the jobs, which go on by themselves
 const BEFORE_DENOISE = new Set(["waiting", "queued", "encoding"]);
 const ON_ITS_WAY = new Set(["encoded", "to_dit", "at_dit"]);
-const ENDED = new Set(["done", "failed", "cancelled"]);
 const POLL_SECONDS = 1;
+const RETRY_SECONDS = 1;
+const LONGEST_WAIT = 15;
+const FILE_SECONDS = 300;
 const KNOWN_JOBS = 500;
-const OWN = "ditrelay-jobs";
-
-/** One picture or clip. `on` is called after each change. */
-export class Work {
-  constructor(order, index, on) {
-    Object.assign(this, {
-      number: nextNumber(), kind: order.kind, prompt: order.prompt, width: order.width, height: order.height,
-      seed: order.seed === null ? null : order.seed + BigInt(index), order,
-      state: "waiting", note: "", step: 0, total: 0, position: null, eta: null,
-      jobId: null, preview: null, file: null, timings: null, seconds: null, began: performance.now(),
-    });
-    this.on = on;
-    this.#wait(1);
-  }
-
-  #expected = 0;
-
-  get ended() {
-    return ENDED.has(this.state);
-  }
-
-  #wait(change) {
-    this.#expected += change;
-    expect(change);
-  }
-
-  know(jobId) {
-    if (this.jobId !== null || !jobId) return;
-    this.jobId = jobId;
-    bind(jobId, this.number);
-    this.#wait(-this.#expected);
-  }
-
-  /** News: a note lasts until the next. */
-  set(changes) {
-    if (this.ended) return;
-    Object.assign(this, { note: "" }, changes);
-    if (this.ended) {
-      this.#wait(-this.#expected);
-      this.seconds = this.began === null ? null : (performance.now() - this.began) / 1000;
-    }
-    this.on(this);
-  }
-
-  /** A small JPEG of how it looks by now. */
-  show(jpeg) {
-    if (this.preview) URL.revokeObjectURL(this.preview);
-    this.set({ preview: URL.createObjectURL(jpeg) });
-  }
-
-  fail(error) {
-    this.set({ state: "failed", note: error.message });
-  }
-
-  /** Forget the files: the card goes. */
-  drop() {
-    for (const url of [this.preview, this.file?.url]) if (url?.startsWith("blob:")) URL.revokeObjectURL(url);
-  }
-}
+const SENT_LATER = "No answer from the server: this is sent when it is back";
 
 /** Sends orders and follows them, a few streams at a time. */
 export class Works {
   #streams = 0;
   #line = []; // jobs that wait for a stream
   #stops = new Map(); // how to end a work's stream
+  #isLost = false;
   all = [];
 
-  /** @param hooks: `onNew(work)`, `onChange(work)`, `onRefused(problem)` (a field is wrong: nothing was begun). */
+  /**
+   * @param hooks: `onNew(work)`, `onChange(work)`, `onDropped(work)`, and `onRefused(order, problem)`, which tells
+   *   whether it has shown what is wrong with an order; then its works are dropped, else they fail.
+   */
   constructor(model, hooks) {
     Object.assign(this, { model, hooks });
+    this.isOther = false; // the server was started anew, with another model
     this.#poll();
   }
 
@@ -91,13 +42,24 @@ export class Works {
     return this.all.filter((work) => !work.ended);
   }
 
-  /** `order`: `{kind, prompt, count, seed, width, height, body, image}`. */
+  /** Whether the server is gone: what is under way stands still. */
+  set isLost(isLost) {
+    if (isLost === this.#isLost) return;
+    this.#isLost = isLost;
+    for (const work of this.unfinished) {
+      const { eta, note } = work; // back again, it may have told something new of it by now
+      work.set({ isLost, ...(isLost ? { eta: null, note: "" } : { eta, note }) });
+    }
+  }
+
+  /** `order`: see orders.js. */
   draw(order) {
     const add = (_, index) => this.#add(new Work(order, index, this.hooks.onChange));
     const works = Array.from({ length: order.count }, add);
     if (order.kind === "video") return works.forEach((work, index) => this.#order([work], clipOf(order, index)));
     for (let i = 0; i < works.length; i += MAX_N) {
-      this.#order(works.slice(i, i + MAX_N), this.#picturesOf(order, works, i));
+      const some = works.slice(i, i + MAX_N);
+      this.#order(some, picturesOf(order, some.length, i, this.model.limits));
     }
   }
 
@@ -107,44 +69,23 @@ export class Works {
     return work;
   }
 
-  #picturesOf(order, works, first) {
-    const body = { ...order.body, n: Math.min(MAX_N, works.length - first) };
-    if (order.seed !== null) body.seed = order.seed + BigInt(first);
-    if (this.model.limits.previews) body.partial_images = PREVIEWS;
-    if (!order.image) return { path: "/v1/images/generations", body };
-    return { path: "/v1/images/edits", body: formOf({ ...body, image: order.image }) };
-  }
-
-  /** What was asked for before: all clips that the server has; the tab's pictures, as long as they are known. */
-  async restore(limit = 24) {
-    const found = this.model.limits.media === "video" ? await this.#oldClips(limit) : await this.#oldPictures();
-    for (const old of found.reverse()) {
-      const work = new Work(old, 0, this.hooks.onChange);
+  /** What this browser has asked for before, as long as the server has it; `everybody`: what anybody has. */
+  async restore({ everybody = false } = {}) {
+    const old = this.model.limits.media === "video" ? oldClips : oldPictures;
+    const found = await this.#insist([], () => old(everybody));
+    for (const each of found.reverse()) {
+      const work = new Work(each, 0, this.hooks.onChange);
       work.began = null; // not by this page's clock
       this.#add(work);
-      work.know(old.id);
+      work.know(each.id);
       this.#queue(() => this.#follow(work));
     }
   }
 
-  async #oldClips(limit) {
-    const { data } = await this.#insist([], () => getJson(`/v1/videos?limit=${limit}`));
-    return data.map((video) => {
-      const [width, height] = video.size.split("x").map(Number);
-      return { kind: "video", id: video.id, prompt: video.prompt, seed: video.seed, width, height };
-    });
-  }
-
-  async #oldPictures() {
-    const own = new Set(ownJobs());
-    if (!own.size) return [];
-    const { data } = await getJson(`/v1/jobs?limit=${KNOWN_JOBS}`);
-    return data.filter((job) => own.has(job.id)).map(({ id, prompt }) => ({ kind: "image", id, prompt, seed: null }));
-  }
-
   async cancel(work) {
+    const id = work.jobId;
     try {
-      if (work.jobId) await send(`/v1/jobs/${work.jobId}/cancel`, { method: "POST" });
+      if (id) await send(`v1/jobs/${id}/cancel`, { method: "POST" });
     } catch (error) {
       if (error.status !== 404 && error.status !== 400) return work.set({ note: error.message });
       return; // it has ended, and its events tell how
@@ -154,9 +95,55 @@ export class Works {
   }
 
   forget(work) {
-    this.all.splice(this.all.indexOf(work), 1);
+    const place = this.all.indexOf(work);
+    if (place >= 0) this.all.splice(place, 1);
     work.drop();
-    if (work.kind === "image" && work.jobId) forgetJob(work.jobId);
+    if (work.jobId) forgetJob(work.jobId);
+  }
+
+  // ------------------------------------------------------------ orders
+
+  /** Sends what asks for `works`, again after a while where the server is busy or gone; then they are followed. */
+  async #order(works, [path, how]) {
+    try {
+      const answer = await this.#insist(works, () => getJson(path, how));
+      const jobs = answer.data ?? [answer];
+      works.forEach((work, index) => this.#begun(work, jobs[index]));
+    } catch (error) {
+      this.#refused(works, error);
+      if (!(error instanceof Problem)) throw error;
+    }
+  }
+
+  #refused(works, error) {
+    const isSaid = error instanceof Problem && error.isRefusal && this.hooks.onRefused(works[0].order, error);
+    for (const work of works) {
+      if (isSaid && !work.ended) this.hooks.onDropped(work);
+      else work.fail(error);
+    }
+  }
+
+  async #insist(works, ask) {
+    for (;;) {
+      try {
+        return await ask();
+      } catch (error) {
+        const isPassing = error instanceof Problem && (error.retryAfter || error.isLost);
+        if (!isPassing || (works.length && works.every((work) => work.ended))) throw error; // or cancelled meanwhile
+        const note = error.isLost ? SENT_LATER : error.message;
+        for (const work of works) if (work.note !== note) work.set({ note });
+        await pause(error.retryAfter ? Math.min(error.retryAfter, LONGEST_WAIT) : RETRY_SECONDS);
+      }
+    }
+  }
+
+  #begun(work, job) {
+    const { ended } = work;
+    work.know(job.id);
+    if (ended) return this.cancel(work); // before there was a job
+    rememberJob(job.id);
+    work.set({ state: "queued", seed: job.seed ?? work.seed });
+    this.#queue(() => this.#follow(work));
   }
 
   // ------------------------------------------------------------ streams
@@ -177,58 +164,42 @@ export class Works {
     }
   }
 
-  /** Sends what asks for `works`, again after a while where the server is busy; then they are followed. */
-  async #order(works, { path, body }) {
-    try {
-      const answer = await this.#insist(works, () => getJson(path, { method: "POST", body, headers: LATER }));
-      const jobs = answer.data ?? [answer];
-      works.forEach((work, index) => this.#begun(work, jobs[index]));
-    } catch (error) {
-      for (const work of works) work.fail(error);
-      if (error.param) this.hooks.onRefused(error);
-      if (!(error instanceof Problem)) throw error;
-    }
-  }
-
-  async #insist(works, ask) {
-    for (;;) {
-      try {
-        return await ask();
-      } catch (error) {
-        if (!(error instanceof Problem && error.retryAfter)) throw error;
-        if (works.length && works.every((work) => work.ended)) throw error; // cancelled in the meantime
-        for (const work of works) work.set({ note: error.message });
-        await pause(Math.min(error.retryAfter, 15));
-      }
-    }
-  }
-
-  #begun(work, job) {
-    const { ended } = work;
-    work.know(job.id);
-    if (ended) return this.cancel(work); // before there was a job
-    if (work.kind === "image") remember(job.id);
-    work.set({ state: "queued", seed: job.seed ?? work.seed });
-    this.#queue(() => this.#follow(work));
-  }
-
   /** Follows a job by its events to its end. */
   async #follow(work) {
     if (work.ended) return;
     const control = new AbortController();
     this.#stops.set(work, control);
     try {
-      for await (const { event, data } of follow(`/v1/jobs/${work.jobId}/events`, { signal: control.signal })) {
+      for await (const { event, data } of follow(`v1/jobs/${work.jobId}/events`, { signal: control.signal })) {
         await this.#tell(work, event, data);
         if (work.ended) return;
       }
     } catch (error) {
       if (error.name === "AbortError") return;
+      if (error.status === 404) return this.#missing(work);
       work.fail(error);
       if (!(error instanceof Problem)) throw error;
     } finally {
       this.#stops.delete(work);
     }
+  }
+
+  /** After a while without the server: does it still serve the model that this page was made for? */
+  async meetAgain() {
+    const { id, limits } = (await getJson("v1/models")).data[0];
+    this.isOther = JSON.stringify([id, limits]) !== JSON.stringify([this.model.id, this.model.limits]);
+  }
+
+  /** The server knows it no more, as after a new start: it is asked for again, once, where the page knows how. */
+  async #missing(work) {
+    forgetJob(work.jobId);
+    await this.#insist([work], () => this.meetAgain());
+    if (this.isOther) return work.fail(new Problem("The server was started anew, with another model; this is lost."));
+    if (!work.order.body || work.renewed) return work.fail(new Problem("The server does not have this any more."));
+    work.renew();
+    const { ownOrder } = work;
+    const sent = work.kind === "video" ? clipOf(ownOrder, 0) : picturesOf(ownOrder, 1, 0, this.model.limits);
+    this.#order([work], sent);
   }
 
   async #tell(work, event, data) {
@@ -242,12 +213,12 @@ export class Works {
   }
 
   #step(work, { step, total_steps: total, eta_seconds: eta }) {
-    work.set({ state: "denoising", step, total, eta });
+    work.set({ state: "denoising", step, total, eta, isLost: false });
   }
 
   async #finish(work, data) {
     // Fetched, because the page's own requests carry the key and those of its elements don't.
-    const blob = await this.#file(new URL(data.url, location).pathname);
+    const blob = await this.#file(pathOfFile(data.url));
     const name = fileName(work.prompt, data.seed, data.media_type.split("/")[1]);
     const file = { url: URL.createObjectURL(blob), name, type: data.media_type, blob };
     work.set({ state: "done", file, seed: data.seed, timings: data.timings, width: data.width, height: data.height });
@@ -257,9 +228,9 @@ export class Works {
   async #file(path) {
     for (;;) {
       try {
-        return await (await send(path)).blob();
+        return await getBody(path, "blob", { timeout: FILE_SECONDS });
       } catch (error) {
-        if (error.status) throw error;
+        if (error.status && !error.isLost && !error.retryAfter) throw error;
         await pause(POLL_SECONDS);
       }
     }
@@ -278,7 +249,7 @@ export class Works {
       const isAsked = (work) => work.jobId && (BEFORE_DENOISE.has(work.state) || !this.#stops.has(work));
       const asked = this.unfinished.filter(isAsked);
       if (!asked.length) continue;
-      const jobs = await getJson(`/v1/jobs?limit=${KNOWN_JOBS}`).catch(() => ({ data: [] }));
+      const jobs = await getJson(`v1/jobs?limit=${KNOWN_JOBS}`).catch(() => ({ data: [] }));
       for (const job of jobs.data) {
         const work = asked.find((each) => each.jobId === job.id);
         if (work && job.status === "queued") work.set({ state: "queued", position: job.position });
@@ -289,31 +260,3 @@ export class Works {
     }
   }
 }
-
-function clipOf(order, index) {
-  const body = order.seed === null ? order.body : { ...order.body, seed: order.seed + BigInt(index) };
-  return { path: "/v1/videos", body: order.image ? formOf({ ...body, input_reference: order.image }) : body };
-}
-
-function formOf(fields) {
-  const form = new FormData();
-  for (const [name, value] of Object.entries(fields)) form.append(name, value);
-  return form;
-}
-
-function blobOf(base64, type) {
-  return new Blob([Uint8Array.from(atob(base64), (char) => char.charCodeAt(0))], { type });
-}
-
-function fileName(prompt, seed, suffix) {
-  const words = prompt.toLowerCase().normalize("NFKD").replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 48);
-  return `${words.replace(/^-|-$/g, "") || "picture"}-${seed}.${suffix}`;
-}
-
-// The ids of this tab's pictures, so that a reload loses none.
-
-const ownJobs = () => JSON.parse(sessionStorage.getItem(OWN) ?? "[]");
-
-const remember = (jobId) => sessionStorage.setItem(OWN, JSON.stringify([...ownJobs(), jobId].slice(-KNOWN_JOBS)));
-
-const forgetJob = (jobId) => sessionStorage.setItem(OWN, JSON.stringify(ownJobs().filter((each) => each !== jobId)));
