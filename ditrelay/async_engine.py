@@ -178,6 +178,10 @@ class AsyncEngine:
         """As ``Engine.advice``."""
         return self._engine.advice()
 
+    def restart(self, rank: int) -> None:
+        """As ``Engine.restart``."""
+        self._engine.restart(rank)
+
     @property
     def ready(self) -> bool:
         return self._engine.ready

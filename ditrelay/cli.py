@@ -1,4 +1,4 @@
-"""The command line: ``ditrelay generate | serve | doctor``."""
+"""The command line: ``ditrelay generate | serve | restart | doctor``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ditrelay.runtime.topology import Topology
 if TYPE_CHECKING:
     from ditrelay.cli_generate import EngineFactory
 
+DEFAULT_URL = "http://127.0.0.1:30000"
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 
@@ -131,6 +132,21 @@ def serve(settings: ServerArgs) -> int:
     from ditrelay.server.app import serve
 
     return serve(settings)
+
+
+@app.command()
+def restart(
+    rank: Annotated[int, typer.Argument(min=0, help="Number of the rank, as GET /v1/topology shows it.")],
+    url: Annotated[str, typer.Option(help="Address of the running server.")] = DEFAULT_URL,
+    api_key: Annotated[
+        str, typer.Option(help="The server's key.", envvar="DITRELAY_API_KEY", show_default=False)
+    ] = "",
+) -> int:
+    """Start a new process for a rank of a running server, also where the rank was given up."""
+    from ditrelay.cli_restart import restart_rank
+
+    typer.echo(restart_rank(rank, url, api_key))
+    return 0
 
 
 @app.command()

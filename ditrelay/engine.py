@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Unpack, overload
 from msgspec.structs import replace
 from PIL import Image
 
-from ditrelay.errors import ConfigError, EngineClosed, RequestFailed, StartupError, settings_as_fields
+from ditrelay.errors import ConfigError, EngineClosed, InvalidRequest, RequestFailed, StartupError, settings_as_fields
 from ditrelay.models.card import ModelCard, check_parallel, load_card
 from ditrelay.models.loading import preload
 from ditrelay.models.plain import plain
@@ -31,8 +31,9 @@ from ditrelay.runtime.pictures.pictures import Picture, Pictures
 from ditrelay.runtime.placement import Advice, advise, measured
 from ditrelay.runtime.request import Request, Sampling, SamplingParams, spread
 from ditrelay.runtime.request_log import RequestLog
-from ditrelay.runtime.run_dir import check_parent
+from ditrelay.runtime.run_dir import check_loopback, check_parent
 from ditrelay.runtime.server_args import ServerArgs
+from ditrelay.runtime.start_messages import Restart
 from ditrelay.runtime.status import EngineStatus
 from ditrelay.runtime.telemetry import Telemetry
 from ditrelay.runtime.tickets import Progress, Result, Ticket, cancelled_on_error
@@ -114,6 +115,7 @@ class Engine:
         if self._controller is not None:
             raise EngineClosed("the engine was started before; make a new one")
         check_parent()
+        check_loopback()
         self._launcher = LocalLauncher(self._device_type, ("ditrelay.runtime.worker", *preload(self.card)))
         # Imported here: it takes the head two seconds (torch), during which the workers' imports are under way.
         with no_interrupts():  # half imported, torch can't be imported again
@@ -132,6 +134,26 @@ class Engine:
             self.close()
             raise
         return self
+
+    @property
+    def failure(self) -> str:
+        """Why the engine has ended by itself, or nothing. Another one must be made then."""
+        return "" if self._controller is None else self._controller.failure
+
+    def restart(self, rank: int) -> None:
+        """Start a new process for ``rank`` (for all ranks of its replica) at once, also where it was given up.
+
+        Its requests go on elsewhere or later. Returns at once; ``status`` shows what comes of it.
+
+        Raises:
+            InvalidRequest: there is no such rank.
+            EngineClosed: the engine does not run.
+        """
+        if not 0 <= rank < self.topology.world_size:
+            raise InvalidRequest("rank", f"{rank} is no rank; allowed: 0 to {self.topology.world_size - 1}")
+        if self._controller is None or self._closing.is_set() or self.failure:
+            raise EngineClosed(self.failure or "the engine does not run")
+        self._controller.post(Restart(rank))
 
     def _await_start(self, controller: Controller) -> None:
         began = time.monotonic()
@@ -315,13 +337,15 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Every rank is up and warm."""
-        return self._warm and self._controller is not None and self._controller.status.ready
+        controller = self._controller
+        return self._warm and controller is not None and controller.status.ready and not controller.trouble
 
     def status(self) -> EngineStatus:
         """At most a tick (0.1 s) old."""
         if self._controller is None:
             return EngineStatus(ready=False, workers=())
-        return self._controller.status.with_ready(self.ready)
+        trouble, failure = self._controller.trouble, self._controller.failure
+        return self._controller.status.seen(ready=self.ready, trouble=trouble, failure=failure)
 
     @property
     def spans(self) -> list[Span]:

@@ -16,7 +16,6 @@ from ditrelay.models.timed_options import TimedOptions
 from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.local_transport import FaultPlan, LocalNetwork
 from ditrelay.runtime.communication.transport import Transport
-from ditrelay.runtime.controller import scheduler_config
 from ditrelay.runtime.messages import (
     CancelRequest,
     Command,
@@ -38,6 +37,7 @@ from ditrelay.runtime.pipelines_core.executors.progress import DeviceProgress
 from ditrelay.runtime.pipelines_core.stages import build_pipeline
 from ditrelay.runtime.request import Request, SamplingParams
 from ditrelay.runtime.scheduler import Scheduler
+from ditrelay.runtime.scheduler_settings import scheduler_config
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.topology import Edge, Topology
 

@@ -124,6 +124,8 @@ class FakeEngine:
     topology: Topology = field(default_factory=lambda: Topology.build(ServerArgs(enable_disagg=True, num_gpus=3)))
     feed: ActivityFeed = field(default_factory=ActivityFeed)
     placement: Advice | None = None
+    restarted: list[int] = field(default_factory=list)
+    ended: str = ""  # why the engine has ended by itself
 
     def advice(self) -> Advice | None:
         return self.placement
@@ -153,6 +155,9 @@ class FakeEngine:
     def ready(self) -> bool:
         return self.loaded.is_set() and not self.down and not self.closed
 
+    def restart(self, rank: int) -> None:
+        self.restarted.append(rank)
+
     def status(self) -> EngineStatus:
         return EngineStatus(
             ready=self.ready,
@@ -160,6 +165,8 @@ class FakeEngine:
             running=len(self.tickets),
             edges=(EdgeSnapshot(Edge(2, 0), True, 3, 1, 2, 500),),
             lost_roles=self.lost_roles,
+            trouble=self.ended,
+            failure=self.ended,
             retry_after=9,
         )
 

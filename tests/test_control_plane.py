@@ -48,8 +48,19 @@ class Pair:
         socket.connect(address)
         return socket
 
+    def stranger_to_head(self) -> zmq.Socket[bytes]:
+        """One that took the place of another rank's worker."""
+        self.head.open(4, 0)
+        socket = self._context.socket(zmq.PUSH)
+        socket.bind(events_address(self.run_dir, 4, 0))
+        return socket
+
     def at_head(self, count: int) -> list[object]:
-        return self._take(self.head.events, lambda: [event for _, _, event in self.head.receive_all()], count)
+        def receive_all() -> list[object]:
+            self.worker.flush()
+            return [event for _, _, event in self.head.receive_all()]
+
+        return self._take(self.head.events, receive_all, count)
 
     def at_worker(self, count: int) -> list[object]:
         return self._take(self.worker.commands, lambda: list(self.worker.receive_all()), count)
@@ -100,7 +111,7 @@ def test_what_a_stranger_sends_is_thrown_away_and_the_rest_goes_on(
 ) -> None:
     envelope = b"\x03\x00\x00\x00\x01\x00\x00\x00"
     event, command = msgspec.msgpack.encode(Heartbeat(3, 1.0)), msgspec.msgpack.encode(Drop(3, "r1"))
-    to_head = pair.stranger(events_address(pair.run_dir))
+    to_head = pair.stranger_to_head()
     to_worker = pair.stranger(commands_address(pair.run_dir, 3, 1))
     wrong = TOKEN[:-1].encode() + b"x"
     for frames in ([envelope, event], [wrong + envelope, event], [b""], [event] * 3, [TOKEN.encode(), event]):
@@ -120,7 +131,7 @@ def test_what_a_stranger_sends_is_thrown_away_and_the_rest_goes_on(
 def test_a_message_that_cannot_be_read_is_told_and_the_next_one_is_read(
     pair: Pair, caplog: pytest.LogCaptureFixture
 ) -> None:
-    to_head = pair.stranger(events_address(pair.run_dir))
+    to_head = pair.stranger_to_head()
     to_worker = pair.stranger(commands_address(pair.run_dir, 3, 1))
     to_head.send_multipart([TOKEN.encode() + b"\x03\x00\x00\x00\x01\x00\x00\x00", b"\xc1"])
     to_worker.send_multipart([TOKEN.encode(), b"\xc1"])

@@ -9,13 +9,15 @@ import re
 import select
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 
-from ditrelay.runtime import launcher, worker
+from ditrelay.runtime import launcher, processes, worker
 from ditrelay.runtime.launcher import LocalProcess
 
 
@@ -43,8 +45,8 @@ def test_a_process_that_can_not_be_looked_at_is_not_taken_for_a_dead_one(
     def fail(pid: int) -> list[str]:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(launcher, "_stat", fail)
-    assert launcher._is_dead(1) is dead
+    monkeypatch.setattr(processes, "stat", fail)
+    assert processes.is_dead(1) is dead
 
 
 def test_workers_are_spawned_where_cuda_does_not_work_after_a_fork(caplog: pytest.LogCaptureFixture) -> None:
@@ -110,6 +112,27 @@ def test_a_worker_on_a_cpu_has_the_threads_that_were_asked_for(
     torch.set_num_threads(5)
     run("cpu", **there)
     assert torch.get_num_threads() == threads
+
+
+def test_a_forkserver_that_hangs_over_a_start_is_killed_and_one_that_still_imports_is_not() -> None:
+    made = launcher.LocalLauncher("cpu", ())
+    with subprocess.Popen(["sleep", "60"]) as hung:
+        made._forkserver, made._busy_since = hung.pid, time.monotonic() - launcher.START_SECONDS - 1.0
+        assert not made.look_after() and hung.poll() is None
+        made._has_imported = True
+        assert not made.look_after()
+        assert hung.wait(10) == -signal.SIGKILL
+    assert made.look_after(), "it is to be renewed"
+
+
+def test_no_forkserver_is_asked_for_a_process_that_the_machine_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that can't fork ends, and the next one imports for seconds."""
+    made = launcher.LocalLauncher("cpu", ())
+    monkeypatch.setattr(made, "_context", MagicMock())
+    monkeypatch.setattr(threading.Thread, "start", MagicMock(side_effect=RuntimeError("can't start new thread")))
+    with pytest.raises(OSError, match="no further process"):
+        made.start(MagicMock(rank=0))
+    made._context.Process.return_value.start.assert_not_called()
 
 
 def test_a_process_that_can_not_be_watched_is_not_left_running(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_the_deadline_of_an_opening_ends_with_its_units():
     desk = Desk(*ONE_AND_ONE, max_restarts=0)
     desk.edge_failed(1, 0)
     desk.down(0)
-    desk.wait(60.0)
+    desk.wait(59.0)  # before it is tried again
     assert desk.actions == []
 
 

@@ -217,6 +217,7 @@ def test_the_openapi_page_describes_what_is_really_sent():
         "/v1/models",
         "/v1/models/{model_id}",
         "/v1/topology",
+        "/v1/ranks/{rank}/restart",
         "/health",
         "/ready",
         "/metrics",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -13,6 +14,8 @@ from typing import Literal, get_args
 from ditrelay.runtime.messages import Dropped, StageFailed, Started, StepDone, WorkerEvent
 from ditrelay.runtime.metrics import Span
 from ditrelay.runtime.request import RequestState
+
+logger = logging.getLogger(__name__)
 
 ActivityKind = Literal["encode", "send", "receive", "denoise", "decode"]
 
@@ -59,7 +62,7 @@ class ActivityFeed:
     """``watch`` is for any thread; all else is called by the controller's thread."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.RLock()  # guards the three below; a watcher may stop itself while it is told
         self._watchers: list[Watcher] = []
         self._open: dict[str, dict[tuple[int, ActivityKind], Activity]] = {}  # by request
         self._recent: deque[Activity] = deque(maxlen=_REMEMBERED)
@@ -67,8 +70,8 @@ class ActivityFeed:
     def watch(self, callback: Watcher) -> Callable[[], None]:
         """Call ``callback`` with what ended of late, what is under way, and then with all that happens.
 
-        It is called with a lock held and the engine waits for it: it must be quick, must not raise, and must not call
-        back. Returns what ends it.
+        It is called with a lock held and the engine waits for it: it must be quick. One that raises is told nothing
+        more. Returns what ends it.
         """
 
         def stop() -> None:
@@ -152,8 +155,12 @@ class ActivityFeed:
         self._tell(activity)
 
     def _tell(self, activity: Activity) -> None:
-        for watcher in self._watchers:
-            watcher(activity)
+        for watcher in list(self._watchers):
+            try:
+                watcher(activity)
+            except BaseException:  # a client's own, SystemExit too: the engine and its other clients' requests go on
+                logger.exception("a watcher of the ranks raised; it is told nothing more")
+                self._watchers = [each for each in self._watchers if each is not watcher]
 
 
 async def follow(watch: Callable[[Watcher], Callable[[], None]]) -> AsyncGenerator[Activity, None]:

@@ -1,17 +1,21 @@
 """The control plane: typed msgspec messages over ZeroMQ, between the head and its workers on one host.
 
-Each worker process has a command socket of its own (so nothing meant for a dead process reaches its successor), and all
-workers push events to one socket of the head. Every event carries the incarnation of the process that sent it. The
-sockets are files in a directory that only the user may enter, and every message carries the token of its launch: what a
+Each worker process listens on two sockets of its own, for commands and for its events (so nothing meant for a dead
+process reaches its successor), and the head connects to both. The head never listens: ZeroMQ ends a process that
+listens when no file descriptor is left. Every event carries the incarnation of the process that sent it. The sockets
+are files in a directory that only the user may enter, and every message carries the token of its launch: what a
 stranger's process sends is thrown away unread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 import struct
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import msgspec
@@ -24,12 +28,13 @@ from ditrelay.runtime.payloads import UNREADABLE
 logger = logging.getLogger(__name__)
 
 RECONNECT_MS = 20
+BEAT_SECONDS = 1.0
 MAX_MESSAGE_BYTES = 1 << 30  # a finished clip; ZeroMQ allocates what a peer announces
 _ENVELOPE = struct.Struct("<II")
 
 
-def events_address(run_dir: str) -> str:
-    return f"ipc://{run_dir}/events"
+def events_address(run_dir: str, rank: int, incarnation: int) -> str:
+    return f"ipc://{run_dir}/events-{rank}.{incarnation}"
 
 
 def commands_address(run_dir: str, rank: int, incarnation: int) -> str:
@@ -59,25 +64,32 @@ class HeadSockets:
         self.events = self._context.socket(zmq.PULL)
         self.events.set_hwm(0)
         self.events.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self.events.bind(events_address(run_dir))
+        self.events.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._commands: dict[int, zmq.Socket[bytes]] = {}
+        self._heard: dict[int, str] = {}  # the address of the events of each rank
+        self._next_beat = 0.0
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(WorkerEvent)
 
     def open(self, rank: int, incarnation: int) -> None:
         """A new process is about to start as ``rank``; commands to its predecessor are thrown away."""
         self.close_rank(rank)
-        socket = self._context.socket(zmq.PUSH)
+        socket = self._commands[rank] = self._context.socket(zmq.PUSH)
         socket.set_hwm(0)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        # The head connects and the worker binds: a connecting socket queues what is sent before its peer is there.
+        # A connecting socket queues what is sent before its peer is there.
         socket.connect(commands_address(self._run_dir, rank, incarnation))
-        self._commands[rank] = socket
+        address = events_address(self._run_dir, rank, incarnation)
+        self.events.connect(address)
+        self._heard[rank] = address
 
     def close_rank(self, rank: int) -> None:
         if socket := self._commands.pop(rank, None):
             socket.close()
+        if address := self._heard.pop(rank, None):
+            with contextlib.suppress(zmq.ZMQError):
+                self.events.disconnect(address)
 
     def send(self, command: Command) -> None:
         """Queue a command; one to a process that is gone vanishes (its end is an event of its own)."""
@@ -85,9 +97,11 @@ class HeadSockets:
             socket.send_multipart((self._token, self._encoder.encode(command)), zmq.NOBLOCK)
 
     def beat(self) -> None:
-        """Tell every worker that the head goes on."""
-        for rank in self._commands:
-            self.send(Alive(rank))
+        """Tell every worker that the head goes on, once in ``BEAT_SECONDS`` however often it is called."""
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + BEAT_SECONDS
+            for rank in self._commands:
+                self.send(Alive(rank))
 
     def receive_all(self) -> Iterator[tuple[int, int, WorkerEvent]]:
         """What has arrived, without waiting: (rank, incarnation, event)."""
@@ -116,7 +130,10 @@ class HeadSockets:
 
 
 class WorkerSockets:
-    """A worker's ends: ``commands`` belongs to the control thread, ``emit`` may be called by any thread."""
+    """A worker's ends: ``commands`` belongs to the control thread, ``emit`` may be called by any thread.
+
+    Events wait here until the head has connected; who listens can not queue them in the socket.
+    """
 
     def __init__(self, run_dir: str, rank: int, incarnation: int, token: str) -> None:
         self._token = token.encode()
@@ -127,7 +144,8 @@ class WorkerSockets:
         self.commands.bind(commands_address(run_dir, rank, incarnation))
         self._events = self._context.socket(zmq.PUSH)
         self._events.set_hwm(0)
-        self._events.connect(events_address(run_dir))
+        self._events.bind(events_address(run_dir, rank, incarnation))
+        self._unsent: deque[tuple[bytes, bytes]] = deque()
         self._lock = threading.Lock()
         self._envelope = self._token + _ENVELOPE.pack(rank, incarnation)
         self._encoder = msgspec.msgpack.Encoder()
@@ -140,8 +158,22 @@ class WorkerSockets:
         except UnicodeEncodeError:  # a reason may name a file whose name is no UTF-8
             body = self._encoder.encode(_escaped(event))
         with self._lock:
-            if not self._events.closed:
-                self._events.send_multipart((self._envelope, body))
+            self._unsent.append((self._envelope, body))
+            self._send_waiting()
+
+    def flush(self) -> bool:
+        """Send what has waited for the head. Whether nothing waits any more."""
+        with self._lock:
+            self._send_waiting()
+            return not self._unsent
+
+    def _send_waiting(self) -> None:
+        while self._unsent and not self._events.closed:
+            try:
+                self._events.send_multipart(self._unsent[0], zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._unsent.popleft()
 
     def receive_all(self) -> Iterator[Command]:
         while True:
@@ -160,6 +192,9 @@ class WorkerSockets:
 
     def close(self, linger: float) -> None:
         """Let queued events go out for at most ``linger`` seconds, then close."""
+        until = time.monotonic() + linger
+        while not self.flush() and time.monotonic() < until:
+            time.sleep(RECONNECT_MS / 1000)
         with self._lock:
             self._events.close(linger=round(linger * 1000))
             self.commands.close(linger=0)

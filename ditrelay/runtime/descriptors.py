@@ -74,7 +74,10 @@ class Spares:
         os.close(self._held.pop())
         return True
 
-    def close(self) -> None:
-        self._count = 0
+    def give_all(self) -> None:
         while self.give():
             pass
+
+    def close(self) -> None:
+        self._count = 0
+        self.give_all()

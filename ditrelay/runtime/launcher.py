@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import multiprocessing
 import os
@@ -11,14 +10,17 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Protocol
 
 from ditrelay.errors import ConfigError
+from ditrelay.runtime.processes import check_room, is_dead, is_stopped, kill_child
+from ditrelay.runtime.run_dir import FORKSERVER_LOCK, lock
 from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.worker_spec import WorkerSpec
 
@@ -26,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 NVIDIA_DRIVER = Path("/dev/nvidiactl")
 START_SECONDS = 10.0  # for a process from a forkserver that has imported all, which takes milliseconds
+IMPORT_SECONDS = 120.0  # for the first one of a forkserver
+STOPPED_SECONDS = 1.0
 CUDA_SECONDS = 60.0  # for a forked process to find its GPUs
 _STATUS_SECONDS = 0.2
 _START_LOCK = threading.Lock()
@@ -73,11 +77,18 @@ class Launcher(Protocol):
     """Starts workers; other launchers (other hosts) fit behind this."""
 
     def start(self, spec: WorkerSpec) -> ProcessHandle:
-        """Raises ``OSError`` where the process can not be started."""
+        """May wait for what it starts workers with. Raises ``OSError`` where the process can not be started."""
         ...
 
-    def tend(self) -> None:
-        """Look after what it starts workers with. Called every now and then; does not wait."""
+    def look_after(self) -> bool:
+        """Look after what it starts workers with: whether that must be renewed.
+
+        Called often, by another thread than the rest, also while a start is under way; does not wait.
+        """
+        ...
+
+    def renew(self) -> None:
+        """Make what it starts workers with anew. May wait. Raises ``OSError`` where that is not possible now."""
         ...
 
 
@@ -103,8 +114,13 @@ class LocalProcess:
             signal.pidfd_send_signal(self._fd, signal.SIGKILL)
 
     def ending(self) -> str:
-        self._process.join(_STATUS_SECONDS)  # a forkserver sends it a moment after the end
-        code = self._process.exitcode
+        if not _START_LOCK.acquire(timeout=_STATUS_SECONDS):  # who starts a process reads how others have ended, too
+            return "how it ended is not known"
+        try:
+            self._process.join(_STATUS_SECONDS)  # a forkserver sends it a moment after the end
+            code = self._process.exitcode
+        finally:
+            _START_LOCK.release()
         if code is None:
             return "how it ended is not known"
         if code == -signal.SIGKILL:
@@ -134,27 +150,35 @@ class LocalLauncher:
         self._context.set_forkserver_preload(list(preload))
         self._is_tried = device_type == "cpu"  # whether forked processes can use the device
         self._uses_forkserver = True
-        self._forkserver: int | None = None  # its pid, once it has started a worker
+        self._forkserver: int | None = None  # its pid
+        self._has_imported = False  # the forkserver, so that it answers at once
+        self._busy_since: float | None = None  # the start that is under way
+        self._stopped_since: float | None = None
         self._ensure_forkserver()  # it imports while the head does other things
+        _mark_forkserver_folder()
 
     def start(self, spec: WorkerSpec) -> ProcessHandle:
         if not self._is_tried:
             self._try_fork()
         arguments, name = (spec, self._environment), f"ditrelay-{spec.rank}"
         process = self._context.Process(target=_run, args=arguments, name=name, daemon=True)
+        check_room()
+        if self._uses_forkserver:
+            self._ensure_forkserver()
+        self._busy_since = time.monotonic()
         try:
-            with _START_LOCK, _environment(self._environment), no_interrupts(), _no_main_module(), self._watched():
+            with _START_LOCK, _environment(self._environment), no_interrupts(), _no_main_module():
                 process.start()
+            self._has_imported = self._uses_forkserver
         except EOFError as error:
             raise OSError("the forkserver died, or hung, while it started the process") from error
+        finally:
+            self._busy_since = None
         try:
             handle = LocalProcess(process)
         except OSError:  # no file descriptor is left to watch it by, and nobody would know of it
             process.kill()
             raise
-        if self._uses_forkserver and self._forkserver is None:
-            with contextlib.suppress(OSError):  # the worker is gone already
-                self._forkserver = int(_stat(handle.pid)[1])
         return handle
 
     def _try_fork(self) -> None:
@@ -182,26 +206,40 @@ class LocalLauncher:
     def _ensure_forkserver(self) -> None:
         with _START_LOCK, _environment(self._environment), no_interrupts():
             forkserver.ensure_running()
+            pid: int = forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]  # it is told nowhere else
+        if pid != self._forkserver:
+            self._forkserver, self._has_imported, self._stopped_since = pid, False, None
 
-    @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
-        """Inside, a forkserver that has started workers before and does no more is killed: else its answer is waited
-        for without an end, and the head stands still.
+    def look_after(self) -> bool:
+        """A dead forkserver is replaced before it is needed: it imports for seconds. One that was stopped goes on, and
+        one that takes too long over a start is killed: its answer would be waited for without an end.
         """
-        watch = threading.Timer(START_SECONDS, _kill_child, (self._forkserver,))
-        if self._forkserver is not None:
-            watch.start()
-        try:
-            yield
-        finally:
-            watch.cancel()
+        pid = self._forkserver
+        if not self._uses_forkserver or pid is None:
+            return False
+        if is_dead(pid):
+            return True
+        now, busy = time.monotonic(), self._busy_since
+        if busy is not None and now - busy > (START_SECONDS if self._has_imported else IMPORT_SECONDS):
+            logger.warning("the forkserver hangs and is killed")
+            kill_child(pid)
+        self._let_go_on(pid, now)
+        return False
 
-    def tend(self) -> None:
-        """Replace a dead forkserver at once: it imports for seconds, and a worker that needs it then would wait."""
-        if self._forkserver is not None and _is_dead(self._forkserver):
-            logger.warning("the forkserver died; no worker needs it to live, a new one is started")
-            self._forkserver = None
-            self._ensure_forkserver()
+    def _let_go_on(self, pid: int, now: float) -> None:
+        if not is_stopped(pid):
+            self._stopped_since = None
+        elif self._stopped_since is None:
+            self._stopped_since = now
+        elif now - self._stopped_since > STOPPED_SECONDS:  # longer than where all of a terminal's job goes on
+            logger.warning("the forkserver was stopped; it is let go on")
+            self._stopped_since = None
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGCONT)
+
+    def renew(self) -> None:
+        logger.warning("the forkserver died; no worker needs it to live, a new one is started")
+        self._ensure_forkserver()
 
     def abandon(self) -> None:
         """Let the starts that are under way fail at once: a forkserver answers when it has imported, or when it dies.
@@ -211,7 +249,7 @@ class LocalLauncher:
         for child in _children():
             with contextlib.suppress(OSError):
                 if b"multiprocessing.forkserver" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    _kill_child(child)
+                    kill_child(child)
 
 
 def _children() -> list[int]:
@@ -220,25 +258,12 @@ def _children() -> list[int]:
     return [int(pid) for each in lists for pid in each.read_text().split()]
 
 
-def _is_dead(child: int) -> bool:
-    """Whether a child of this process has ended, waited for (by another launcher of this process) or not."""
-    try:
-        return _stat(child)[0] == "Z"
-    except OSError as error:
-        return error.errno in (errno.ENOENT, errno.ESRCH)  # else it can't be told, for want of a file descriptor
-
-
-def _kill_child(pid: int) -> None:
-    """Does nothing where it is gone, even if its number is another's by now."""
-    with contextlib.suppress(OSError):
-        if int(_stat(pid)[1]) == os.getpid():
-            os.kill(pid, signal.SIGKILL)
-
-
-def _stat(pid: int) -> list[str]:
-    """State, parent's pid, ... of a process. Raises ``OSError`` for one that is gone."""
-    stat = Path(f"/proc/{pid}/stat").read_text()
-    return stat.rpartition(")")[2].split()  # its name, in brackets before, may hold anything
+def _mark_forkserver_folder() -> None:
+    """Nothing removes multiprocessing's folder where this process is killed: the next launch finds it by this mark."""
+    folder = Path(util.get_temp_dir())
+    with contextlib.suppress(OSError):  # then it stays, as multiprocessing's always do
+        if not (folder / FORKSERVER_LOCK).exists():
+            lock(folder, FORKSERVER_LOCK)
 
 
 def _look_for_gpus(answer: Connection) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from ditrelay.runtime.payloads import PayloadHeader
 from ditrelay.runtime.preview_messages import Preview, Previewed, PreviewTaken
 from ditrelay.runtime.request import Request
+from ditrelay.runtime.start_messages import Restart, StartFailed
 
 Stage = Literal["encode", "denoise", "decode"]
 
@@ -395,5 +396,5 @@ class Reject(_Message, frozen=True, tag=True):
     limit: int
 
 
-SchedulerEvent = Submit | CancelRequest | WorkerDown | Tick | FleetEvent
+SchedulerEvent = Submit | CancelRequest | WorkerDown | StartFailed | Restart | Tick | FleetEvent
 Action = Command | Spawn | Kill | Finish | Reject

@@ -37,6 +37,7 @@ from ditrelay.runtime.topology import Topology
 
 logger = logging.getLogger(__name__)
 
+_FAILED = RequestState.FAILED
 KEPT_REQUESTS = 2000  # whose spans are kept, in a few MB: what a head holds does not grow with the time that it runs
 RATE_SAMPLE = 20  # finished requests that the service rate is taken from
 _STAGE_OF: dict[type, Stage] = {Encoded: "encode", Denoised: "denoise", Decoded: "decode"}
@@ -226,10 +227,28 @@ class RequestLog:
     ) -> None:
         entry = self._pop(request_id, outcome)
         now = time.monotonic()
+        try:
+            self._end_ticket(entry, now, outcome, reason, param)
+        except Exception as error:  # a defect of ours: the client must not wait for ever
+            logger.exception("the result of request %s could not be told", request_id)
+            entry.ticket.fail(RequestFailed(request_id, f"its result could not be told: {error}"), _FAILED, now)
         self.activity.finished(request_id, now)
         if self.on_end is not None:
             spans = self._spans.of(request_id)
-            self.on_end(EndedRequest(entry.request, outcome, reason, entry.clock, now, spans, entry.caller))
+            try:
+                self.on_end(EndedRequest(entry.request, outcome, reason, entry.clock, now, spans, entry.caller))
+            except Exception:  # an observer's own fault ends nothing else
+                logger.exception("the end of request %s could not be recorded", request_id)
+
+    def _end_ticket(
+        self,
+        entry: _Entry,
+        now: float,
+        outcome: Literal["done", "failed", "cancelled"],
+        reason: str | None,
+        param: str | None,
+    ) -> None:
+        request_id = entry.request.request_id
         if outcome == "done":
             result = _result(entry, now)
             self._meters.finished(result.timings)
@@ -257,8 +276,9 @@ class RequestLog:
             entries, self._entries = list(self._entries.values()), {}
             self._queued = 0
         for entry in entries:
-            self.activity.finished(entry.request.request_id, time.monotonic())
             entry.ticket.fail(EngineClosed(reason), RequestState.FAILED, time.monotonic())
+        for entry in entries:
+            self.activity.finished(entry.request.request_id, time.monotonic())
 
     # ------------------------------------------------------------ inside
 

@@ -55,6 +55,7 @@ from ditrelay.runtime.scheduling.liveness import Liveness
 from ditrelay.runtime.scheduling.previews import Previews
 from ditrelay.runtime.scheduling.recovery import Recovery
 from ditrelay.runtime.scheduling.state import EdgeState, SchedulerConfig, Station, UnitState, UnitStatus
+from ditrelay.runtime.start_messages import Restart, StartFailed
 from ditrelay.runtime.topology import Edge, Topology, Unit
 
 __all__ = ["EdgeSnapshot", "Scheduler", "SchedulerConfig", "SchedulerSnapshot", "UnitSnapshot"]
@@ -67,7 +68,8 @@ WorkerState = Literal["starting", "up", "down"]
 class UnitSnapshot:
     """One unit: its life, its requests in counts, and the bytes of products that it has (held or kept for recovery).
 
-    ``stalled`` are the stages that have work here and no credit for what they would make of it.
+    ``stalled`` are the stages that have work here and no credit for what they would make of it. ``given_up``: it died
+    too often, and has finished no work since.
     """
 
     unit: Unit
@@ -81,6 +83,7 @@ class UnitSnapshot:
     load: int
     kept_bytes: int
     stalled: tuple[Stage, ...] = ()
+    given_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,8 @@ class Scheduler:
             WorkerUp: liveness.worker_up,
             Heartbeat: liveness.heartbeat,
             WorkerDown: liveness.worker_down,
+            StartFailed: liveness.start_failed,
+            Restart: liveness.restart,
             EdgeUp: liveness.edge_up,
             EdgeFailed: liveness.edge_failed,
             Tick: lambda event: liveness.tick(),
@@ -228,6 +233,7 @@ def _unit_snapshot(unit: UnitState, queued: bool) -> UnitSnapshot:
         load=unit.load,
         kept_bytes=sum(station.kept for station in stations),
         stalled=tuple(station.stage for station in stations if _is_stalled(station, queued)),
+        given_up=unit.given_up > 0,
     )
 
 

@@ -20,7 +20,7 @@ class WorkerStatus:
     Attributes:
         role: its roles' name; ``roles`` are the roles one by one.
         replica: number of the DiT replica that it is part of, ``None`` for a rank that does not denoise.
-        state: ``failed`` is a rank that was given up: it died too often and is not started again.
+        state: ``failed`` is a rank that was given up: it died too often and is started again only every few minutes.
         restarts: how often its process was replaced.
         reason: why it is down or failed.
         memory: its last heartbeat (bytes).
@@ -44,9 +44,11 @@ class EngineStatus:
     Attributes:
         edges: every directed edge between two units.
         units: every unit: its requests in counts.
-        lost_roles: roles that no rank can ever compute again, with the reason.
+        lost_roles: roles all of whose ranks were given up, with the reason.
         retry_after: seconds after which a client that is turned away should come back, by the measured rate.
         readings: counts and histograms since the start.
+        trouble: what keeps the head itself from working, at the moment.
+        failure: why the head's loop has ended for good, where it has.
     """
 
     ready: bool
@@ -61,9 +63,12 @@ class EngineStatus:
     lost_roles: tuple[tuple[Role, str], ...] = ()
     retry_after: int = 1
     readings: Readings = field(default_factory=Readings)
+    trouble: str = ""
+    failure: str = ""
 
-    def with_ready(self, ready: bool) -> EngineStatus:
-        return replace(self, ready=ready)
+    def seen(self, *, ready: bool, trouble: str, failure: str) -> EngineStatus:
+        """With what the loop itself can't tell: it may stand still, or have ended."""
+        return replace(self, ready=ready, trouble=trouble, failure=failure)
 
 
 def lost_roles(units: tuple[UnitSnapshot, ...]) -> tuple[tuple[Role, str], ...]:
@@ -71,6 +76,11 @@ def lost_roles(units: tuple[UnitSnapshot, ...]) -> tuple[tuple[Role, str], ...]:
     lost = []
     for role in ROLES:
         able = [unit for unit in units if role in unit.unit.roles]
-        if able and all(unit.state == "failed" for unit in able):
+        if able and all(_is_given_up(unit) for unit in able):
             lost.append((role, able[-1].reason or "its ranks died too often"))
     return tuple(lost)
+
+
+def _is_given_up(unit: UnitSnapshot) -> bool:
+    """Also while it is tried again: it is nobody's hope until it is up."""
+    return unit.state == "failed" or (unit.state == "starting" and unit.given_up)

@@ -199,19 +199,24 @@ class Ticket:
     def _tell(self, callback: Callable[[Progress], None], progress: Progress) -> None:
         try:
             callback(progress)
-        except Exception:  # a client's own: the engine and its other clients' requests go on
+        except BaseException:  # a client's own, SystemExit too: the engine and its other clients' requests go on
             logger.exception("a subscriber of request %s raised; it is told nothing more", self.request_id)
             self._subscribers.remove(callback)
 
     def succeed(self, result: Result, at: float) -> None:
-        self._shared = None
-        self.future.set_result(result)
+        self._settle(lambda: self.future.set_result(result))
         self.report(Progress(self.request_id, RequestState.DONE, at=at))
 
     def fail(self, error: Exception, state: RequestState, at: float) -> None:
-        self._shared = None
-        self.future.set_exception(error)
+        self._settle(lambda: self.future.set_exception(error))
         self.report(Progress(self.request_id, state, at=at))
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        self._shared = None
+        try:
+            settle()
+        except BaseException:  # a callback of the future, or a client that has set it itself: as in ``_tell``
+            logger.exception("the future of request %s raised when it was set", self.request_id)
 
 
 class Cancellable(Protocol):

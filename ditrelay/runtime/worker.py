@@ -30,7 +30,7 @@ from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.replica import ReplicaLeader, ReplicaPeer
 from ditrelay.runtime.communication.store import connect_store, replica_prefix
 from ditrelay.runtime.communication.transport import Transport
-from ditrelay.runtime.control_plane import HeadLogHandler, WorkerSockets, replica_address
+from ditrelay.runtime.control_plane import RECONNECT_MS, HeadLogHandler, WorkerSockets, replica_address
 from ditrelay.runtime.messages import Alive, Command, Heartbeat, Shutdown, WorkerFailed, WorkerUp
 from ditrelay.runtime.pipelines_core.executors.checkpoints import Checkpoints
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
@@ -263,7 +263,8 @@ class Worker:
         poller.register(head, zmq.POLLIN)
         beat, heard = 0.0, time.monotonic()
         while not self._stop.is_set():
-            ready = dict(poller.poll(round(HEARTBEAT_SECONDS * 250)))
+            all_sent = self._sockets.flush()
+            ready = dict(poller.poll(round(HEARTBEAT_SECONDS * 250) if all_sent else RECONNECT_MS))
             if head in ready:
                 remove(self.spec.run_dir)  # nobody else is left to do it, or to report to
                 os._exit(1)

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from ditrelay._version import __version__
-from ditrelay.errors import ConfigError, DitrelayError
+from ditrelay.errors import ConfigError, DitrelayError, EngineClosed
 from ditrelay.runtime import logs
 from ditrelay.runtime.descriptors import left_over, raise_limit
 from ditrelay.runtime.server_args import API_KEY_VARIABLE
@@ -154,8 +154,8 @@ def serve(args: ServerArgs) -> int:
     """Serve ``args`` until SIGINT, SIGTERM or SIGHUP. To be called in the main thread.
 
     Returns:
-        The exit code: 0 after a signal, 1 where the engine did not start, 2 where a setting is wrong (a taken port).
-        Every reason is in the log, one line on stderr.
+        The exit code: 0 after a signal, 1 where the engine did not start or ended by itself, 2 where a setting is wrong
+        (a taken port). Every reason is in the log, one line on stderr.
     """
     logs.configure(args.log_level)
     try:
@@ -205,7 +205,7 @@ class EngineServer(uvicorn.Server):
     """A uvicorn server that ends with its engine.
 
     Attributes:
-        failure: why the engine did not start, if it did not.
+        failure: why the engine did not start, or has ended by itself.
     """
 
     def __init__(self, engine: AsyncEngine) -> None:
@@ -283,6 +283,9 @@ class EngineServer(uvicorn.Server):
         if counter % _TICKS == 0 and self._listener is not None:
             self._connections.sweep()
             self._listener.refill()
+        if (failure := self._context.engine.status().failure) and self.failure is None:
+            logger.error("%s; the server ends, so that whatever watches over it starts it anew", failure)
+            self._fail(EngineClosed(failure))
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -17,7 +17,7 @@ from ditrelay.server.files import FileStore
 from ditrelay.server.held_bytes import HeldBytes
 from ditrelay.server.image_jobs import ImageJobs
 from ditrelay.server.jobs import Jobs
-from ditrelay.server.problem import model_not_found, not_ready, role_lost, shutting_down
+from ditrelay.server.problem import model_not_found, no_such_rank, not_ready, role_lost, shutting_down
 from ditrelay.server.remote_media import RemoteMedia
 from ditrelay.server.schemas import (
     EdgeState,
@@ -144,6 +144,8 @@ class Context:
         """What each role still lacks; under ``engine`` what is not one worker's."""
         status = self.engine.status()
         missing: dict[str, list[str]] = {"engine": ["shutting down"]} if self.draining else {}
+        if status.trouble:
+            missing["engine"] = [status.trouble]
         for worker in status.workers:
             if worker.state != "up":
                 reason = f" ({worker.reason})" if worker.reason else ""
@@ -152,7 +154,7 @@ class Context:
             missing["engine"] = ["warming up" if status.workers else "starting"]
         roles = dict.fromkeys(role for worker in status.workers for role in worker.roles)
         up = {role for worker in status.workers if worker.state == "up" for role in worker.roles}
-        ready = status.ready and not self.draining
+        ready = status.ready and not self.draining and not status.trouble
         return Readiness(ready=ready, missing=missing, down=[role for role in roles if role not in up])
 
     def topology(self) -> TopologyState:
@@ -171,8 +173,15 @@ class Context:
             placement=_placement(self.engine.advice()),
         )
 
+    def rank(self, rank: int) -> RankState:
+        """Raises ``ApiError`` (404) where there is no such rank, or none yet."""
+        workers = self.engine.status().workers
+        if not 0 <= rank < len(workers):
+            raise no_such_rank(rank, len(workers))
+        return _rank_state(workers[rank])
+
     def check_roles(self) -> None:
-        """Raises ``ApiError`` (503) where a role that every picture needs is gone for good."""
+        """Raises ``ApiError`` (503) where all ranks of a role that every picture needs were given up."""
         for role, reason in self.engine.status().lost_roles:
             raise role_lost(role, reason)
 

@@ -91,9 +91,18 @@ def shutting_down() -> ApiError:
 
 
 def role_lost(role: str, reason: str) -> ApiError:
-    """503: no rank is left for ``role``, and none comes back by itself."""
-    message = f"no rank is left for {role} ({reason}); the server's log has the cause, and a restart is needed"
+    """503: no rank is left for ``role``; what was given up is tried again after minutes."""
+    message = (
+        f"no rank is left for {role} ({reason}); the server's log has the cause. It is tried again every few minutes, "
+        "and at once by: ditrelay restart RANK"
+    )
     return ApiError(503, message, type=SERVER, code="role_down", headers={"Retry-After": "60"})
+
+
+def no_such_rank(rank: int, count: int) -> ApiError:
+    """404: so many ranks there are."""
+    allowed = f"0 to {count - 1}" if count else "none while the engine starts"
+    return ApiError(404, f"{rank} is no rank; allowed: {allowed}", code="rank_not_found", param="rank")
 
 
 def store_down() -> ApiError:

@@ -29,7 +29,8 @@ class ModelList(BaseModel):
 class Health(BaseModel):
     """The process answers."""
 
-    status: Literal["ok"] = "ok"
+    status: Literal["ok", "failed"] = "ok"
+    reason: str = Field(default="", description="Why it has failed; the server ends then.")
 
 
 class Readiness(BaseModel):
@@ -51,7 +52,7 @@ class RankState(BaseModel):
     replica: int | None = Field(description="Number of the DiT replica it is part of.")
     pid: int | None
     state: Literal["starting", "up", "down", "failed"] = Field(
-        description="down: it is started again; failed: it died too often and is not."
+        description="down: it is started again soon; failed: it died too often and is tried again after minutes."
     )
     generation: int = Field(description="How often its process was replaced.")
     reason: str = Field(description="Why it is not up.")

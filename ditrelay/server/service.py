@@ -10,7 +10,7 @@ from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.model_limits import limits_of
 from ditrelay.server.problem import RESPONSES
 from ditrelay.server.router import Router
-from ditrelay.server.schemas import Health, Model, ModelList, Readiness, TopologyState
+from ditrelay.server.schemas import Health, Model, ModelList, RankState, Readiness, TopologyState
 
 router = Router(tags=["service"], responses=RESPONSES)
 
@@ -30,10 +30,16 @@ async def index(request: Request, context: ContextDep) -> Response | dict[str, s
     }
 
 
-@router.get("/health")
-async def health() -> Health:
-    """The process lives; it may still be loading."""
-    return Health()
+@router.get(
+    "/health",
+    response_model_exclude_unset=True,
+    responses={503: {"model": Health, "description": "The engine has ended and will not return."}},
+)
+async def health(context: ContextDep, response: Response) -> Health:
+    """The process lives; it may still be loading. Where its engine has failed it is about to end, and says so."""
+    failure = context.engine.status().failure
+    response.status_code = 503 if failure else 200
+    return Health(status="failed", reason=failure) if failure else Health(status="ok")
 
 
 @router.get("/ready", responses={503: {"model": Readiness, "description": "Not every role is up and warm."}})
@@ -48,6 +54,17 @@ async def ready(context: ContextDep, response: Response) -> Readiness:
 async def topology(context: ContextDep) -> TopologyState:
     """Which rank does what, and how it is."""
     return context.topology()
+
+
+@router.post("/v1/ranks/{rank}/restart", status_code=202)
+async def restart(rank: int, context: ContextDep) -> RankState:
+    """Start a new process for a rank (for all ranks of its replica) at once, also where it was given up.
+
+    Its requests go on elsewhere or later. The answer shows the rank as it was; `GET /v1/topology` what comes of it.
+    """
+    state = context.rank(rank)
+    context.engine.restart(rank)
+    return state
 
 
 @router.get("/v1/models")

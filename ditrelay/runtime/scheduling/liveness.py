@@ -23,12 +23,21 @@ from ditrelay.runtime.scheduling.previews import Previews
 from ditrelay.runtime.scheduling.recovery import Recovery
 from ditrelay.runtime.scheduling.state import EdgeState, Record, Station, UnitState, UnitStatus
 from ditrelay.runtime.scheduling.watches import HANG_FACTOR, Watch
+from ditrelay.runtime.start_messages import Restart, StartFailed
 
 # An edge that fails more often than this without one transfer in between takes its destination down.
 MAX_EDGE_FAILURES = 3
 
 # Seconds. The first restart is at once; while no stage is finished, the delay doubles with every further one to this.
 MAX_RESTART_DELAY = 60.0
+
+# Seconds from a start that failed to the next try: soon, while it may be a shortage of a moment; each may cost a load.
+START_DELAYS = (0.0, 1.0, 2.0)
+SHORTAGE_SECONDS = 300.0
+LATER_START_DELAY = 60.0
+
+# Seconds from the death at which a unit is given up to the next try, the first time and later.
+GIVEN_UP_DELAYS = (60.0, 120.0, 300.0)
 
 # Shares of a unit's memory: above the first its windows shrink by one a heartbeat, below the second they grow again.
 MEMORY_HIGH = 0.9
@@ -73,7 +82,10 @@ class Liveness:
         if len(unit.members_up) < len(unit.unit.members):
             return
         unit.status, unit.reason, unit.up_since = "up", None, self._ledger.now
+        unit.failed_starts = 0
         self._startups.stop(unit)
+        for stage in unit.stations:
+            self._recovery.role_found(stage)
         self._ledger.dirty.update(dict.fromkeys(unit.stations.values()))
         for edge in unit.edges:
             if edge.src.unit.status == edge.dst.unit.status == "up":
@@ -84,35 +96,56 @@ class Liveness:
         if unit.status in ("starting", "up"):
             self._unit_down(unit, f"worker {event.rank} died ({event.reason})", dead=event.rank)
 
+    def start_failed(self, event: StartFailed) -> None:
+        unit = self._unit_of[event.rank]
+        if unit.status == "starting":
+            self._unit_down(unit, f"worker {event.rank} could not be started ({event.reason})", dead=event.rank)
+
+    def restart(self, event: Restart) -> None:
+        """At once, with all that was held against it forgotten; nor is what it computes held to be the reason."""
+        unit = self._unit_of[event.rank]
+        if unit.status in ("starting", "up"):
+            self._take_down(unit, f"{unit.unit} was to be restarted", suspicious=False)
+        unit.deaths.clear()
+        unit.died_in.clear()
+        unit.failed_starts = unit.given_up = 0
+        unit.restarted += 1
+        self._spawn(unit)
+
     def _kill(self, unit: UnitState, reason: str) -> None:
         self._unit_down(unit, f"{unit.unit} was killed: {reason}")
 
     def _unit_down(self, unit: UnitState, cause: str, dead: int | None = None) -> None:
         """Kills what is left of the unit, takes it out of service and plans its return."""
+        started = unit.status == "up"
+        if started:
+            self._count_death(unit)
+        self._take_down(unit, cause, dead=dead)
+        if started:
+            self._plan_restart(unit)
+        else:
+            self._plan_next_start(unit)
+        if unit.status == "failed":
+            self._lose_roles(unit, cause)
+
+    def _take_down(self, unit: UnitState, cause: str, *, dead: int | None = None, suspicious: bool = True) -> None:
         ledger = self._ledger
         ledger.out.extend(Kill(rank, cause) for rank in unit.unit.members if rank != dead)
         self._startups.stop(unit)
-        self._count_death(unit)
         unit.members_up.clear()
         unit.memory.clear()
         for station in unit.stations.values():
             station.shapes.clear()
-        unit.reason = cause
-        unit.status = "failed" if len(unit.deaths) > ledger.config.max_restarts else "down"
+        unit.status, unit.reason = "down", cause
         for edge in unit.edges:
             edge.failures = 0
             self._close(edge, cause)
         self._previews.unit_lost(unit)
-        self._recovery.unit_lost(unit, cause)
-        if unit.status == "failed":
-            self._lose_roles(unit, cause)
-        else:
-            self._plan_restart(unit)
+        self._recovery.unit_lost(unit, cause, suspicious=suspicious)
 
     def _count_death(self, unit: UnitState) -> None:
         """Time counts while it is up: a unit that takes a minute to start can crash in a loop, too."""
-        if unit.status == "up":
-            unit.lived += self._ledger.now - unit.up_since
+        unit.lived += self._ledger.now - unit.up_since
         while unit.deaths and unit.lived - unit.deaths[0] > self._ledger.config.restart_window:
             unit.deaths.popleft()
         if not unit.deaths:
@@ -122,7 +155,32 @@ class Liveness:
 
     def _plan_restart(self, unit: UnitState) -> None:
         before = len(unit.deaths) - 1
-        delay = min(2.0 ** (before - 1), MAX_RESTART_DELAY) if before else 0.0
+        if before >= self._ledger.config.max_restarts:
+            self._give_up(unit)
+            return
+        unit.given_up = 0
+        self._respawn(unit, min(2.0 ** (before - 1), MAX_RESTART_DELAY) if before else 0.0)
+
+    def _plan_next_start(self, unit: UnitState) -> None:
+        """Starts fail for want of something, which may be there again at any time: they are tried for good."""
+        if unit.given_up:
+            self._give_up(unit)
+            return
+        if not unit.failed_starts:
+            unit.failing_since = self._ledger.now
+        is_short = self._ledger.now - unit.failing_since < SHORTAGE_SECONDS
+        delay = START_DELAYS[min(unit.failed_starts, len(START_DELAYS) - 1)] if is_short else LATER_START_DELAY
+        unit.failed_starts += 1
+        self._respawn(unit, delay)
+
+    def _give_up(self, unit: UnitState) -> None:
+        """Nobody waits for it any more, but it is tried again: what ended it may be over."""
+        unit.status = "failed"
+        delay = GIVEN_UP_DELAYS[min(unit.given_up, len(GIVEN_UP_DELAYS) - 1)]
+        unit.given_up += 1
+        self._respawn(unit, delay)
+
+    def _respawn(self, unit: UnitState, delay: float) -> None:
         unit.respawn_at = self._ledger.now + delay
         unit.restarted += 1
 
@@ -204,7 +262,7 @@ class Liveness:
         ledger, now = self._ledger, self._ledger.now
         self._recovery.resume()
         for unit in ledger.units.values():
-            if unit.status == "down" and unit.respawn_at <= now:
+            if unit.status in ("down", "failed") and unit.respawn_at <= now:
                 self._spawn(unit)
         while (unit_late := self._startups.due(now)) is not None:
             limit = ledger.config.startup_timeout

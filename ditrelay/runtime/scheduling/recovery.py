@@ -143,8 +143,12 @@ class Recovery:
 
     # ------------------------------------------------------------ losses
 
-    def unit_lost(self, unit: UnitState, cause: str) -> None:
-        """All processes of ``unit`` are gone and its edges are closed."""
+    def unit_lost(self, unit: UnitState, cause: str, *, suspicious: bool = True) -> None:
+        """All processes of ``unit`` are gone and its edges are closed.
+
+        Args:
+            suspicious: what it computed may be the reason.
+        """
         # Backwards, so that the requests put at the front of the queue keep their order.
         for record in reversed(list(self._ledger.records.values())):
             if unit not in record.holders():
@@ -153,15 +157,16 @@ class Recovery:
                 self._ledger.landed(record)
                 self._drop_answered(record, unit)
             else:
-                self._holder_lost(record, unit, cause)
+                self._holder_lost(record, unit, cause, suspicious)
         for record in tuple(unit.alone):
             self._ledger.leave_alone(record)
             self._ledger.go_on(record)
 
-    def _holder_lost(self, record: Record, unit: UnitState, cause: str) -> None:
+    def _holder_lost(self, record: Record, unit: UnitState, cause: str, suspicious: bool) -> None:
         """Only a request that was computed there may have caused the loss; for the others it is no attempt."""
         doing = _DOING[record.state]
-        suspect = record.at is not None and record.at.unit is unit and record.began is not None
+        computed = record.at is not None and record.at.unit is unit and record.began is not None
+        suspect = suspicious and computed
         promised = record.promise is not None and record.promise.target.unit is unit
         self._ledger.strike(record, unit)
         if promised:
@@ -190,11 +195,15 @@ class Recovery:
                 self._set_back(record, cause, _DOING[record.state], blamed=record.id == blamed)
 
     def role_lost(self, stage: Stage, reason: str) -> None:
-        """No unit will ever compute ``stage`` again: whoever still needs it fails."""
+        """All units of ``stage`` were given up: whoever still needs it fails."""
         self._ledger.lost_roles.setdefault(stage, reason)
         for record in list(self._ledger.records.values()):
             if not record.state.ended and (hopeless := self._hopeless(record.state)) is not None:
                 self.fail(record, hopeless)
+
+    def role_found(self, stage: Stage) -> None:
+        """A unit of ``stage`` is up again."""
+        self._ledger.lost_roles.pop(stage, None)
 
     def _hopeless(self, state: RequestState) -> str | None:
         """Why a request in ``state`` can never be done: a stage that it still needs is lost."""

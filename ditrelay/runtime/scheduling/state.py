@@ -40,8 +40,8 @@ class SchedulerConfig:
         startup_timeout: from the spawn of a unit until all of its members are up.
         max_attempts: how often a request may be lost with the worker that computes it, or in a failed transfer,
             before it fails.
-        max_restarts: a unit that dies once more is given up, where it finished no stage in between and was up for no
-            longer than ``restart_window`` in all.
+        max_restarts: a unit that dies once more is given up (and tried again in minutes), where it finished no stage in
+            between and was up for no longer than ``restart_window`` in all. Starts that fail are no deaths.
         restart_window: see ``max_restarts``.
     """
 
@@ -270,6 +270,8 @@ class UnitState:
         died_in: the stages that it computed at these deaths; one of each must be finished for them to be forgotten.
         lived: seconds that it was up, all its processes together; the present one since ``up_since``.
         restarted: how often it was to be restarted.
+        failed_starts: in a row, the first of them at ``failing_since``.
+        given_up: how often, since it last finished its work.
         reason: why it is down or failed.
         alone: requests that ran out of memory here, to be tried again one by one; until then no other comes.
         preview: the request of which a preview is made here. One that was given up stays until another takes its place:
@@ -291,6 +293,9 @@ class UnitState:
     up_since: float = 0.0
     restarted: int = 0
     respawn_at: float = 0.0
+    failed_starts: int = 0
+    failing_since: float = 0.0
+    given_up: int = 0
     reason: str | None = None
     alone: deque[Record] = field(default_factory=deque)
     preview: Record | None = None
@@ -321,6 +326,7 @@ class UnitState:
         self.died_in.discard(stage)
         if not self.died_in:
             self.deaths.clear()
+            self.given_up = 0
 
     def change_load(self, by: int) -> None:
         size = len(self.unit.members)
