@@ -95,11 +95,11 @@ class AsyncEngine:
     ) -> None:
         await self.close()
 
-    async def submit(self, params: SamplingParams, *, client: str = "") -> AsyncTicket:
+    async def submit(self, params: SamplingParams, *, client: str = "", patient: bool = False) -> AsyncTicket:
         """As ``Engine.submit``. Where the awaiting task is cancelled, so is the decoding of its picture."""
         resolved, picture = await self._resolve(params)
         pixels = await self._pixels(resolved, picture, client) if picture else None
-        return AsyncTicket(self._engine.submit_decoded(resolved, picture, pixels))
+        return AsyncTicket(self._engine.submit_decoded(resolved, picture, pixels, patient=patient))
 
     async def check_picture(self, params: SamplingParams, *, client: str = "") -> SamplingParams:
         """As ``Engine.check_picture``."""

@@ -233,11 +233,12 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
-    def submit(self, params: SamplingParams, *, client: str = "") -> Ticket:
+    def submit(self, params: SamplingParams, *, client: str = "", patient: bool = False) -> Ticket:
         """Accept one request. A picture to start from is decoded first, in a process of its own.
 
         Args:
             client: whose it is; one client's pictures are decoded one after the other.
+            patient: it waits for its turn as long as it takes: ``--request-timeout`` counts only while it is computed.
 
         Raises:
             InvalidRequest: a parameter is wrong, or the size is too large for the ranks' memory; names it.
@@ -246,7 +247,7 @@ class Engine:
         """
         resolved, picture = self.resolve(params)
         pixels = self._pixels(resolved, picture, client) if picture else None
-        return self.submit_decoded(resolved, picture, pixels)
+        return self.submit_decoded(resolved, picture, pixels, patient=patient)
 
     def check_picture(self, params: SamplingParams, *, client: str = "") -> SamplingParams:
         """``params`` resolved, for a later ``submit``, where their picture can be decoded. Needs no start.
@@ -275,12 +276,17 @@ class Engine:
                 raise not_decoded(limit) from None
 
     def submit_decoded(
-        self, params: SamplingParams, picture: Picture | None = None, pixels: bytes | None = None
+        self,
+        params: SamplingParams,
+        picture: Picture | None = None,
+        pixels: bytes | None = None,
+        *,
+        patient: bool = False,
     ) -> Ticket:
         """Accept resolved ``params``, which start from ``pixels`` of ``picture``. For ``AsyncEngine``."""
         if self._controller is None:
             raise EngineClosed("the engine is not started")
-        request = Request(request_id=uuid.uuid4().hex[:16], params=params)
+        request = Request(request_id=uuid.uuid4().hex[:16], params=params, patient=patient)
         ticket = Ticket(request, self._cancel, picture)
         self._log.open(request, ticket, limit=self.args.max_queue)
         sent = request if pixels is None else replace(request, params=replace(params, image=pixels))

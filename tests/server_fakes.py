@@ -126,6 +126,7 @@ class FakeEngine:
     placement: Advice | None = None
     restarted: list[int] = field(default_factory=list)
     ended: str = ""  # why the engine has ended by itself
+    dit_ranks: int = 2
 
     def advice(self) -> Advice | None:
         return self.placement
@@ -161,7 +162,7 @@ class FakeEngine:
     def status(self) -> EngineStatus:
         return EngineStatus(
             ready=self.ready,
-            workers=(self._worker(0, 0), self._worker(1, 1), self._worker(2, None)),
+            workers=(*(self._worker(rank, rank) for rank in range(self.dit_ranks)), self._worker(self.dit_ranks, None)),
             running=len(self.tickets),
             edges=(EdgeSnapshot(Edge(2, 0), True, 3, 1, 2, 500),),
             lost_roles=self.lost_roles,
@@ -173,7 +174,7 @@ class FakeEngine:
     async def check_picture(self, params: SamplingParams, *, client: str = "") -> SamplingParams:
         return self.card.resolve(params)
 
-    async def submit(self, params: SamplingParams, *, client: str = "") -> FakeTicket:
+    async def submit(self, params: SamplingParams, *, client: str = "", patient: bool = False) -> FakeTicket:
         if self.closed:
             raise EngineClosed("the engine is closed")
         if not params.prompt:
@@ -235,7 +236,7 @@ class CardEngine(FakeEngine):
 
     model_card = EMOJI
 
-    async def submit(self, params: SamplingParams, *, client: str = "") -> FakeTicket:
+    async def submit(self, params: SamplingParams, *, client: str = "", patient: bool = False) -> FakeTicket:
         return await super().submit(self.model_card.resolve(params))
 
 

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
         (
             "ditrelay.runtime.activity",
             "ditrelay.runtime.admission",
+            "ditrelay.runtime.deadlines",
             "ditrelay.runtime.descriptors",
             "ditrelay.runtime.scheduler",
             "ditrelay.runtime.scheduler_settings",

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 from test_server_videos import ADDRESS, MP4, create, engine_jobs, serving, until
 
-from ditrelay.server import jobs
+from ditrelay.server import job_thread
 from ditrelay.server.job_schemas import Cancelled, Completed, Failed
 from ditrelay.server.job_store import JobStore
 
@@ -21,7 +21,7 @@ Lose = Callable[[str], list[str]]
 @pytest.fixture
 def lose(monkeypatch: pytest.MonkeyPatch) -> Lose:
     """Loses the next answer to a call of the store once it has been done; what it returns is filled with the call."""
-    monkeypatch.setattr(jobs, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(job_thread, "_RETRY_SECONDS", 0.01)
 
     def lose(name: str) -> list[str]:
         lost: list[str] = []

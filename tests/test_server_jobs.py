@@ -83,7 +83,7 @@ class StepVideos(StepEngine):
     """Makes videos; its files are in ``folder``."""
 
     def __init__(self, folder: Path, **settings: Any) -> None:
-        super().__init__(ServerArgs(served_model_name="tiny", output_dir=str(folder), **settings))
+        super().__init__(ServerArgs(served_model_name="tiny", output_dir=str(folder), **settings), dit_ranks=1)
 
     @property
     def card(self) -> ModelCard:

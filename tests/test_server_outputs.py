@@ -18,7 +18,7 @@ import pytest
 from server_fakes import running
 from test_server_videos import ADDRESS, CARD, MP4, VideoEngine, create, engine_jobs, png, serving, until
 
-from ditrelay.server import jobs
+from ditrelay.server import job_thread, jobs
 from ditrelay.server.job_store import Job, JobStore
 
 FROM_PICTURE = msgspec.structs.replace(CARD, needs_image=True)
@@ -207,8 +207,8 @@ def stands_still(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_requests_to_a_database_that_stands_still_are_503_and_the_server_still_answers_and_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stands_still: threading.Event
 ) -> None:
-    monkeypatch.setattr(jobs, "_CALL_SECONDS", 0.1)
-    monkeypatch.setattr(jobs, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr(job_thread, "_CALL_SECONDS", 0.1)
+    monkeypatch.setattr(job_thread, "_CLOSE_SECONDS", 0.1)
 
     async def main() -> None:
         async with asyncio.timeout(30), running(VideoEngine(tmp_path)) as client:
@@ -223,7 +223,7 @@ def test_requests_to_a_database_that_stands_still_are_503_and_the_server_still_a
 def test_a_database_that_answers_again_is_used_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stands_still: threading.Event
 ) -> None:
-    monkeypatch.setattr(jobs, "_CALL_SECONDS", 0.1)
+    monkeypatch.setattr(job_thread, "_CALL_SECONDS", 0.1)
 
     async def main() -> None:
         async with asyncio.timeout(30), running(VideoEngine(tmp_path)) as client:

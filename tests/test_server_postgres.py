@@ -14,7 +14,7 @@ from server_fakes import CardEngine, running
 
 from ditrelay.models.card import load_card
 from ditrelay.runtime.server_args import ServerArgs
-from ditrelay.server import jobs
+from ditrelay.server import job_thread
 
 SECONDS = 30.0
 
@@ -70,7 +70,7 @@ def test_videos_are_made_and_a_later_server_lists_them(cluster: Cluster, tmp_pat
 def test_while_the_database_is_away_the_answer_is_503_and_afterwards_all_goes_on(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(jobs, "_RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(job_thread, "_RETRY_SECONDS", 0.1)
     url = cluster.create_database("away")
 
     async def main() -> None:

@@ -69,7 +69,7 @@ class VideoTicket(FakeTicket):
 class VideoEngine(FakeEngine):
     def __init__(self, folder: Path, *, card: Any = CARD, **settings: Any) -> None:
         settings = {"served_model_name": "tiny", "output_dir": str(folder)} | settings
-        super().__init__(ServerArgs(**settings))
+        super().__init__(ServerArgs(**settings), dit_ranks=1)
         self._card = card
 
     @property
@@ -105,8 +105,10 @@ def use(tmp_path: Path) -> Callable[..., None]:
 
 
 @asynccontextmanager
-async def serving(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, VideoEngine]]:
-    engine = VideoEngine(folder, **settings)
+async def serving(
+    folder: Path, *, made: type[VideoEngine] = VideoEngine, **settings: Any
+) -> AsyncIterator[tuple[httpx.AsyncClient, Any]]:
+    engine = made(folder, **settings)
     async with running(engine) as client:
         while (await client.get(ADDRESS)).status_code == 503 or not engine.ready:
             await asyncio.sleep(0.001)

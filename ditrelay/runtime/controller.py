@@ -7,7 +7,6 @@ What is decided is decided in scheduler.py; what is recorded for people is recor
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import queue
@@ -25,6 +24,7 @@ from ditrelay.models.card import ModelCard
 from ditrelay.runtime.communication.store import StoreServer
 from ditrelay.runtime.control_plane import HeadSockets
 from ditrelay.runtime.crew import LAST_WORDS_SECONDS, Crew, Process
+from ditrelay.runtime.deadlines import Deadlines
 from ditrelay.runtime.edge_faults import EdgeFaults
 from ditrelay.runtime.launcher import Launcher
 from ditrelay.runtime.messages import (
@@ -96,14 +96,15 @@ class Controller:
         self._card = card
         self._device_type = device_type
         self._log = log
-        self._scheduler = Scheduler(topology, scheduler_config(args), on_state=log.state_changed)
+        self._deadlines = Deadlines(args.request_timeout)
+        on_state = self._deadlines.before(log.state_changed)
+        self._scheduler = Scheduler(topology, scheduler_config(args), on_state=on_state)
         self._run_dir = RunDir()
         self._spool = Spool(str(self._run_dir.path)).make()
         self._token = secrets.token_hex(16)
         self._store = StoreServer("127.0.0.1")
         self._sockets = HeadSockets(str(self._run_dir.path), self._token)
         self._inbox: queue.SimpleQueue[SchedulerEvent] = queue.SimpleQueue()
-        self._deadlines: dict[str, float] = {}  # of the live requests, first the one that is due first
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._sockets.events, zmq.POLLIN)
@@ -200,7 +201,7 @@ class Controller:
         while not self._inbox.empty():
             event = self._inbox.get()
             if isinstance(event, Submit):
-                self._deadlines[event.request.request_id] = time.monotonic() + self.args.request_timeout
+                self._deadlines.submitted(event.request)
             self._feed(event)
 
     def _take_worker_events(self) -> None:
@@ -224,6 +225,7 @@ class Controller:
                 self._edge_faults.hold(event, process.last_beat)
             case _:
                 self._log.observe(event)
+                self._deadlines.observe(event)
                 self._feed(event)
 
     def _feed(self, event: SchedulerEvent) -> None:
@@ -234,9 +236,8 @@ class Controller:
 
     def _tick(self) -> None:
         now = time.monotonic()
-        for request_id in list(itertools.takewhile(lambda each: self._deadlines[each] <= now, self._deadlines)):
-            reason = f"not done within --request-timeout {self.args.request_timeout:g} s"
-            self._feed(CancelRequest(request_id, reason))
+        for overdue in self._deadlines.due():
+            self._feed(overdue)
         usual = max(LEAST_HEARTBEAT_TIMEOUT, min(HEARTBEAT_TIMEOUT, HEARTBEAT_SHARE * self.args.dist_timeout))
         self._crew.kill_the_silent(now, usual)
         self._beat()
@@ -268,12 +269,12 @@ class Controller:
         for action in actions:
             match action:
                 case Finish():
-                    self._deadlines.pop(action.request_id, None)
+                    self._deadlines.ended(action.request_id)
                     with contextlib.suppress(MemoryError):  # the folder goes at the end, with all that is left
                         self._spool.discard(action.request_id)
                     self._log.finish(action.request_id, action.outcome, action.reason, action.invalid_param)
                 case Reject():
-                    self._deadlines.pop(action.request_id, None)
+                    self._deadlines.ended(action.request_id)
                     self._log.reject(action.request_id, action.limit)
 
     def _spawn(self, rank: int) -> None:

@@ -76,10 +76,14 @@ class Sampling(TypedDict, total=False):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """An accepted request: resolved parameters (no ``None`` where the model has a default) under a unique id."""
+    """An accepted request: resolved parameters (no ``None`` where the model has a default) under a unique id.
+
+    ``patient``: it waits for its turn as long as it takes; ``--request-timeout`` counts only while it is computed.
+    """
 
     request_id: str
     params: SamplingParams
+    patient: bool = False
 
 
 def without_picture(request: Request) -> Request:

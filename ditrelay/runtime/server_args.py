@@ -265,7 +265,9 @@ class ServerArgs(HttpArgs):
     stage_timeout: float = seconds(
         600.0, "For a stage without progress; once it is measured, ten times that and at least --dist-timeout."
     )
-    request_timeout: float = seconds(3600.0, "For a request, from submission to end.")
+    request_timeout: float = seconds(
+        3600.0, "For a request, from submission to end; for a video only the time that it is computed."
+    )
     startup_timeout: float = seconds(600.0, "For the workers to start and load the model.")
     drain_timeout: float = seconds(30.0, "After the first SIGTERM, for the requests that run to end.")
 

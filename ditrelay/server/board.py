@@ -12,9 +12,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ditrelay.server.events import EventLog
 from ditrelay.server.image_jobs import ImageJobs
+from ditrelay.server.job_runner import content_path, failure
 from ditrelay.server.job_schemas import JobInfo, Queued
 from ditrelay.server.job_store import Job, JobState
-from ditrelay.server.jobs import Jobs, content_path, failure
+from ditrelay.server.jobs import Jobs
 from ditrelay.server.live import Live
 from ditrelay.server.problem import ApiError
 
