@@ -16,8 +16,8 @@ from ditrelay.runtime.server_args import ServerArgs
 from ditrelay.runtime.status import EngineStatus, WorkerStatus
 from ditrelay.runtime.topology import Topology, role_name
 from ditrelay.server import job_runner
+from ditrelay.server.job_rows import JobState
 from ditrelay.server.job_runner import room
-from ditrelay.server.job_store import JobState
 
 
 def status(down: Iterable[int] = (), **placement: Any) -> EngineStatus:

@@ -14,7 +14,8 @@ import pytest
 from postgres import Cluster, postgres
 
 from ditrelay.errors import ConfigError
-from ditrelay.server.job_store import Job, JobState, JobStore
+from ditrelay.server.job_rows import Job, JobState
+from ditrelay.server.job_store import JobStore
 
 
 @dataclass

@@ -19,7 +19,8 @@ from server_fakes import running
 from test_server_videos import ADDRESS, CARD, MP4, VideoEngine, create, engine_jobs, png, serving, until
 
 from ditrelay.server import job_thread, jobs
-from ditrelay.server.job_store import Job, JobStore
+from ditrelay.server.job_rows import Job
+from ditrelay.server.job_store import JobStore
 
 FROM_PICTURE = msgspec.structs.replace(CARD, needs_image=True)
 

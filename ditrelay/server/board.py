@@ -12,9 +12,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ditrelay.server.events import EventLog
 from ditrelay.server.image_jobs import ImageJobs
+from ditrelay.server.job_rows import Job, JobState
 from ditrelay.server.job_runner import content_path, failure
 from ditrelay.server.job_schemas import JobInfo, Queued
-from ditrelay.server.job_store import Job, JobState
 from ditrelay.server.jobs import Jobs
 from ditrelay.server.live import Live
 from ditrelay.server.problem import ApiError

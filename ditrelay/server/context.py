@@ -152,9 +152,12 @@ class Context:
                 missing.setdefault(worker.role, []).append(f"rank {worker.rank} is {worker.state}{reason}")
         if not status.ready and not missing:
             missing["engine"] = ["warming up" if status.workers else "starting"]
+        trouble = self.jobs.trouble if self.jobs is not None else ""
+        if trouble:
+            missing["jobs"] = [trouble]
         roles = dict.fromkeys(role for worker in status.workers for role in worker.roles)
         up = {role for worker in status.workers if worker.state == "up" for role in worker.roles}
-        ready = status.ready and not self.draining and not status.trouble
+        ready = status.ready and not self.draining and not status.trouble and not trouble
         return Readiness(ready=ready, missing=missing, down=[role for role in roles if role not in up])
 
     def topology(self) -> TopologyState:

@@ -17,8 +17,9 @@ from ditrelay.runtime.request import SamplingParams
 from ditrelay.runtime.telemetry import Carrier, called_by
 from ditrelay.server.events import EventLogs
 from ditrelay.server.image_jobs import completed, error_of, event_of
+from ditrelay.server.job_rows import Job, JobState
 from ditrelay.server.job_schemas import Failed, Queued
-from ditrelay.server.job_store import Job, JobState, JobStore
+from ditrelay.server.job_store import JobStore
 from ditrelay.server.job_thread import JobThread
 from ditrelay.server.live import JobNames, Live
 from ditrelay.server.output_folder import write
@@ -77,10 +78,14 @@ class JobRunner:
         self._news.clear()
         places = room(status, args.max_pending_transfers) - len(self.live)
         if places > 0 and not status.lost_roles and not self._engine_over:
-            for job in await self.thread.do(self.store.queued, args.model_names, places):
-                if await self._moved(JobState.IN_PROGRESS, self.store.start, job.id):
+            jobs = await self.thread.do(self.store.queued, args.model_names, places)
+            for job in jobs:
+                if not job.damage and await self._moved(JobState.IN_PROGRESS, self.store.start, job.id):
                     self.live[job.id] = Live()
                     self.thread.spawn(self._run(job))
+            if any(job.damage for job in jobs):  # they take places in the queue, and nothing can be made of them
+                await self.thread.do(self.store.mend)
+                self._news.set()
         all_up = all(worker.state == "up" for worker in status.workers)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_SECONDS if all_up else _LOOK_WHILE_DOWN_SECONDS):

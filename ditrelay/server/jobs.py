@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import os
 import secrets
 import time
@@ -19,10 +20,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from ditrelay.runtime.request import RequestState, SamplingParams
 from ditrelay.runtime.telemetry import caller
+from ditrelay.server.clock_watch import ClockWatch
 from ditrelay.server.events import EventLog, EventLogs
+from ditrelay.server.job_rows import Job, JobState
 from ditrelay.server.job_runner import JobRunner, content_path, failure
 from ditrelay.server.job_schemas import Cancelled, Completed, Failed
-from ditrelay.server.job_store import Job, JobState, JobStore
+from ditrelay.server.job_store import JobStore
 from ditrelay.server.job_thread import JobThread
 from ditrelay.server.live import JobNames, Live
 from ditrelay.server.output_folder import lock_folder, output_path, recover, sqlite_url
@@ -36,6 +39,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _SWEEP_SECONDS = 60.0
+_LOOK_SECONDS = 2.0
 
 
 @dataclass
@@ -46,10 +50,12 @@ class Jobs:
     store: JobStore
     folder: Path
     _lock: int
-    _thread: JobThread = field(default_factory=JobThread)
+    _thread: JobThread = field(init=False)
     _runner: JobRunner = field(init=False)
+    _clock: ClockWatch = field(default_factory=ClockWatch)
 
     def __post_init__(self) -> None:
+        self._thread = JobThread(self.folder)
         self._runner = JobRunner(self.engine, self.store, self._thread, self.folder)
 
     @classmethod
@@ -78,6 +84,11 @@ class Jobs:
     def live(self) -> dict[str, Live]:
         """The jobs on the engine, by id."""
         return self._runner.live
+
+    @property
+    def trouble(self) -> str:
+        """Why jobs cannot be kept at present; empty where they can."""
+        return self._thread.trouble
 
     @property
     def names(self) -> JobNames:
@@ -186,11 +197,16 @@ class Jobs:
         """The engine is up: begin with the queue."""
         self._thread.spawn(self._thread.repeat(self._runner.dispatch))
         self._thread.spawn(self._thread.repeat(self._sweep))
+        self._thread.spawn(self._thread.repeat(self._look))
 
     async def close(self) -> None:
         """Stop; the jobs that run stay in progress in the store, and the next server queues them again."""
         if not self._thread.closed and await self._thread.close(self.store.close):
             os.close(self._lock)
+
+    async def _look(self) -> None:
+        await asyncio.sleep(_LOOK_SECONDS)
+        await self._thread.look(self.store.probe)
 
     # ------------------------------------------------------------ retention
 
@@ -201,7 +217,11 @@ class Jobs:
     async def sweep(self) -> None:
         """Remove what ``--job-retention`` and ``--max-output-bytes`` no longer keep."""
         args = self.engine.args
-        due = await self._thread.do(self.store.expired, lifetime=args.job_retention, max_bytes=args.max_output_bytes)
+        await self._thread.do(self.store.mend)
+        if leap := self._clock.leap():
+            logger.warning("the clock was set ahead by %.0f s: for a day no video counts as too old", leap)
+        lifetime = math.inf if self._clock.suspect else args.job_retention
+        due = await self._thread.do(self.store.expired, lifetime=lifetime, max_bytes=args.max_output_bytes)
         for job_id in due:
             try:
                 await self._thread.do(self._remove, job_id)

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 from ditrelay.errors import ConfigError
-from ditrelay.server.job_store import JobStore, lock_file
+from ditrelay.server.job_database import lock_file
+from ditrelay.server.job_store import JobStore
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def write(folder: Path, job_id: str, content: bytes) -> Path:
     """
     part, path = folder / f"{job_id}{_PART}", output_path(folder, job_id)
     try:
-        with part.open("wb") as file:
+        with open(part, "wb", opener=_private) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -36,6 +37,11 @@ def write(folder: Path, job_id: str, content: bytes) -> Path:
         part.unlink(missing_ok=True)  # on a full disk it would keep the space that the next one needs
         raise
     return path
+
+
+def _private(path: str, flags: int) -> int:
+    """What people asked for is nobody else's."""
+    return os.open(path, flags, 0o600)
 
 
 def recover(store: JobStore, folder: Path) -> None:
@@ -54,7 +60,7 @@ def recover(store: JobStore, folder: Path) -> None:
 def lock_folder(folder: Path) -> int:
     """A lock that lasts as long as its descriptor is open. Raises ``ConfigError`` where another process has it."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return lock_file(folder / ".lock")
     except BlockingIOError:
         raise ConfigError("--output-dir", f"{folder} is in use by another server; give each its own") from None

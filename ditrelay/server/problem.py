@@ -105,9 +105,15 @@ def no_such_rank(rank: int, count: int) -> ApiError:
     return ApiError(404, f"{rank} is no rank; allowed: {allowed}", code="rank_not_found", param="rank")
 
 
-def store_down() -> ApiError:
-    """503: the database of jobs does not answer."""
-    message = "the server's database of jobs does not answer; try again in a few seconds"
+def no_space(reason: str) -> ApiError:
+    """507: the disk is full."""
+    message = f"{reason}; delete videos that are done, or make room on the server's disk"
+    return ApiError(507, message, type=SERVER, code="no_space", headers={"Retry-After": "30"})
+
+
+def store_down(reason: str = "") -> ApiError:
+    """503: the database of jobs does not answer, or fails."""
+    message = reason or "the server's database of jobs does not answer; try again in a few seconds"
     return ApiError(503, message, type=SERVER, code="job_store_down", headers={"Retry-After": "5"})
 
 

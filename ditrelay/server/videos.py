@@ -16,7 +16,7 @@ from ditrelay.runtime.request import SamplingParams
 from ditrelay.server.bodies import Body, picture_page_entry, read_body
 from ditrelay.server.context import Context, ContextDep
 from ditrelay.server.held_bytes import bytes_of, client_of
-from ditrelay.server.job_store import Job, JobState
+from ditrelay.server.job_rows import Job, JobState
 from ditrelay.server.jobs import Jobs, fingerprint
 from ditrelay.server.live import Live
 from ditrelay.server.problem import RESPONSES, ApiError, not_ready, shorten
