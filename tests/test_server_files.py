@@ -27,6 +27,20 @@ def test_past_the_bytes_the_oldest_go():
     assert store.nbytes == 8
 
 
+def test_one_clients_burst_takes_no_other_clients_files():
+    store = FileStore(max_files=10, max_bytes=100)
+    mine = [store.add(b"mine", "image/png", "10.0.0.1") for _ in range(3)]
+    for _ in range(50):
+        store.add(b"x", "image/png", "10.0.0.2")
+    assert all(store.get(file_id) for file_id in mine) and len(store) == 10
+    for _ in range(3):
+        store.add(b"x" * 60, "image/png", "10.0.0.2")
+    assert all(store.get(file_id) for file_id in mine) and store.nbytes <= 100
+    newest = FileStore(max_files=2)
+    ids = [newest.add(b"x", "image/png", client) for client in ("10.0.0.1", "10.0.0.1", "10.0.0.2", "10.0.0.2")]
+    assert newest.get(ids[-1]) and len(newest) == 2
+
+
 def test_one_file_larger_than_the_store_is_kept_until_the_next():
     store = FileStore(max_bytes=10)
     large = store.add(b"x" * 11, "image/png")

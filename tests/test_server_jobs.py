@@ -470,6 +470,19 @@ def test_ended_pictures_are_forgotten_by_age_and_by_number():
     asyncio.run(main())
 
 
+def test_one_clients_burst_of_pictures_that_end_takes_no_other_clients_jobs():
+    async def main() -> None:
+        jobs, ids = ImageJobs(limit=6), []
+        for number, client in enumerate(["mine"] * 3 + ["burst"] * 20):
+            ticket = StepTicket(f"r{number}", SamplingParams(prompt="[wait]", seed=1))
+            ids.append(jobs.follow(ticket, FileStore(), client).id)
+            ticket.cancel() if client == "burst" else ticket.finish()
+            await settle()
+        assert [job_id for job_id in ids if jobs.get(job_id)] == ids[:3] + ids[-3:]
+
+    asyncio.run(main())
+
+
 # ---------------------------------------------------------------- videos
 
 

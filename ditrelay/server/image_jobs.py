@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ditrelay.errors import DitrelayError, InvalidRequest, RequestCancelled
 from ditrelay.runtime.request import RequestState
 from ditrelay.server.events import EventLog
-from ditrelay.server.files import FileStore
+from ditrelay.server.files import FileStore, oldest_of_most
 from ditrelay.server.job_schemas import (
     Cancelled,
     Completed,
@@ -46,6 +46,7 @@ class ImageJob:
     Attributes:
         files: where its file is put.
         file_id: under which id; empty before it is finished.
+        client: whose it is.
         created: Unix time in seconds.
     """
 
@@ -55,6 +56,7 @@ class ImageJob:
     log: EventLog
     live: Live
     file_id: str = ""
+    client: str = ""
     created: float = field(default_factory=time.time)
     work: asyncio.Task[Result] = field(init=False)
 
@@ -93,6 +95,7 @@ class EndedImage:
     created: float
     log: EventLog
     told: JobInfo
+    client: str
 
     def info(self, position: int | None) -> JobInfo:
         return self.told
@@ -118,7 +121,7 @@ class ImageJobs:
 
     Args:
         lifetime: seconds that an ended one is known.
-        limit: ended ones known at most.
+        limit: ended ones known at most; where there are more, the oldest of the client that has the most goes.
         clock: seconds that only grow.
     """
 
@@ -132,9 +135,10 @@ class ImageJobs:
         self._live: dict[str, ImageJob] = {}  # in the order of submission
         self._ended: dict[str, EndedImage] = {}  # in the order in which they ended
 
-    def follow(self, ticket: AsyncTicket, files: FileStore) -> ImageJob:
-        """Make a job of a submitted picture, whose file is put into ``files``."""
-        job = ImageJob(f"image_{secrets.token_hex(16)}", ticket, files, EventLog(self._clock), Live(ticket))
+    def follow(self, ticket: AsyncTicket, files: FileStore, client: str = "") -> ImageJob:
+        """Make a job of a submitted picture of ``client``, whose file is put into ``files``."""
+        job_id = f"image_{secrets.token_hex(16)}"
+        job = ImageJob(job_id, ticket, files, EventLog(self._clock), Live(ticket), client=client)
         self._live[job.id] = job
         self.names.note(ticket.request_id, job.id)
         job.work = asyncio.create_task(self._work(job))
@@ -166,7 +170,7 @@ class ImageJobs:
             if event := event_of(progress, job.live, self._place(job)):
                 job.log.add(event)
         result = await job.ticket.result()
-        job.file_id = job.files.add(result.media, result.media_type)
+        job.file_id = job.files.add(result.media, result.media_type, job.client)
         job.log.add(completed(f"/v1/images/{job.file_id}/content", result))
         return result
 
@@ -182,16 +186,18 @@ class ImageJobs:
             if not isinstance(error, DitrelayError):
                 logger.error("%s failed: %s", job.id, error, exc_info=error)
         del self._live[job.id]
-        self._ended[job.id] = EndedImage(job.id, job.created, job.log, job.info(None))
+        self._ended[job.id] = EndedImage(job.id, job.created, job.log, job.info(None), job.client)
         self._drop_old()
 
     def _drop_old(self) -> None:
         oldest = self._clock() - self._lifetime
         while self._ended:
             job = next(iter(self._ended.values()))
-            if len(self._ended) <= self._limit and job.log.ended_at is not None and job.log.ended_at > oldest:
+            if job.log.ended_at is not None and job.log.ended_at > oldest:
                 break
             del self._ended[job.id]
+        while len(self._ended) > self._limit:
+            del self._ended[oldest_of_most({key: (job.client, 1) for key, job in self._ended.items()})]
 
 
 def event_of(progress: Progress, live: Live, position: int | None) -> JobEvent | None:

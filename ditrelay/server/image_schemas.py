@@ -47,7 +47,7 @@ class ImageGenerationRequest(RequestBody):
     size: Size | None = Field("auto", description="WIDTHxHEIGHT in pixels, or auto: the model's default.")
     response_format: ResponseFormat | None = Field(
         None,
-        description="b64_json: the file itself; url: an address on this server, valid for an hour. Where it isn't "
+        description="b64_json: the file itself; url: an address on this server, for an hour at most. Where it isn't "
         "given: as --default-response-format says, b64_json without that.",
     )
     user: str | None = Field(None, description="Ignored.")

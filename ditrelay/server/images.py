@@ -248,7 +248,7 @@ async def _submitted(
     try:
         async with asyncio.timeout(timeout):
             for params in body.sampling_params():
-                jobs.append(context.images.follow(await context.engine.submit(params, client=client), files))
+                jobs.append(context.images.follow(await context.engine.submit(params, client=client), files, client))
             yield jobs
     except InvalidRequest as error:
         raise body.as_written(error) from None
