@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import io
 import logging
 import os
 import threading
@@ -15,7 +14,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Unpack, overload
 
 from msgspec.structs import replace
-from PIL import Image
 
 from ditrelay.errors import ConfigError, EngineClosed, InvalidRequest, RequestFailed, StartupError, settings_as_fields
 from ditrelay.models.card import ModelCard, check_parallel, load_card
@@ -39,6 +37,7 @@ from ditrelay.runtime.telemetry import Telemetry
 from ditrelay.runtime.tickets import Progress, Result, Ticket, cancelled_on_error
 from ditrelay.runtime.topology import Topology
 from ditrelay.runtime.trace import TraceFiles, display_name, write_trace
+from ditrelay.runtime.warm_up import warm_up
 
 if TYPE_CHECKING:
     from ditrelay.runtime.controller import Controller
@@ -165,27 +164,11 @@ class Engine:
             raise StartupError(f"ranks not up within --startup-timeout {limit:g} s: {waiting or 'edges'}") from None
         logger.info("%d ranks up in %.1f seconds", self.topology.world_size, time.monotonic() - began)
         if self.args.warmup:
-            self._warm_up()
+            warm_up(self.submit, self.card, self.topology, self.args)
+            self._traced_from = time.monotonic()
         self._warm = True
         if self._telemetry is not None:
             self._log.on_end = self._telemetry.start().record
-
-    def _warm_up(self) -> None:
-        """One short request per unit, at once, so that every rank has computed before the first client."""
-        count = max(len(self.topology.encoders), len(self.topology.replicas), len(self.topology.decoders))
-        image = _grey_picture(self.card) if self.card.needs_image else None
-        params = SamplingParams(prompt="warm-up", num_inference_steps=2, seed=0, image=image)
-        tickets = [self.submit(params) for _ in range(min(count, self.args.max_queue))]
-        limit = self.args.startup_timeout
-        try:
-            for ticket in tickets:
-                ticket.result(limit)
-        except TimeoutError:
-            reason = f"the warm-up was not done within --startup-timeout {limit:g} s; raise it, or set --no-warmup"
-            raise StartupError(reason) from None
-        except RequestFailed as error:
-            raise StartupError(f"the warm-up failed: {error.reason}") from error
-        self._traced_from = time.monotonic()
 
     def close(self, timeout: float = SHUTDOWN_SECONDS, *, at_once: bool = False) -> None:
         """End all workers; requests that are not done fail. May be called twice.
@@ -397,9 +380,3 @@ class Engine:
 def not_decoded(limit: float) -> RequestFailed:
     """A picture's turn did not come within ``limit`` seconds."""
     return RequestFailed("with a picture", f"its picture was not decoded within --request-timeout {limit:g} s")
-
-
-def _grey_picture(card: ModelCard) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (card.default_width, card.default_height), (128, 128, 128)).save(buffer, "PNG")
-    return buffer.getvalue()

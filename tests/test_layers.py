@@ -90,6 +90,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
             "ditrelay.runtime.telemetry",
             "ditrelay.runtime.event_relay",
             "ditrelay.runtime.tickets",
+            "ditrelay.runtime.warm_up",
             "ditrelay.runtime.replica*",
         ),
     ),
