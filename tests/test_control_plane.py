@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -14,8 +15,10 @@ import zmq
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ditrelay.runtime import control_plane
 from ditrelay.runtime.control_plane import HeadSockets, WorkerSockets, commands_address, events_address, opened
 from ditrelay.runtime.messages import (
+    Alive,
     Command,
     Drop,
     Encode,
@@ -94,6 +97,16 @@ def test_commands_and_events_arrive_in_order_with_their_sender(pair: Pair) -> No
     for event in events:
         pair.worker.emit(event)
     assert pair.at_head(2) == events
+
+
+def test_the_head_says_that_it_lives_once_a_second_however_often_its_loop_turns(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tenths in range(25):
+        monkeypatch.setattr(control_plane, "time", SimpleNamespace(monotonic=lambda now=tenths / 10: 7.0 + now))
+        pair.head.beat()
+    pair.head.send(Drop(3, "last"))
+    assert pair.at_worker(4) == [Alive(3), Alive(3), Alive(3), Drop(3, "last")]
 
 
 def test_a_text_that_is_no_unicode_arrives_with_escapes(pair: Pair) -> None:

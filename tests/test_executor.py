@@ -17,7 +17,10 @@ from ditrelay.models.timed import TimedAdapter
 from ditrelay.models.timed_options import TimedOptions
 from ditrelay.runtime.communication.communicator import DisaggCommunicator
 from ditrelay.runtime.communication.local_transport import FaultPlan, LocalNetwork
+from ditrelay.runtime.communication.pending import PendingTransfer
+from ditrelay.runtime.communication.transport import Work
 from ditrelay.runtime.payloads import StateValue
+from ditrelay.runtime.pipelines_core.executors import disaggregated_executor
 from ditrelay.runtime.pipelines_core.executors.disaggregated_executor import DisaggregatedExecutor
 from ditrelay.runtime.pipelines_core.executors.pipeline_executor import ExecutorOutput, describe
 from ditrelay.runtime.pipelines_core.executors.sync_executor import SyncExecutor
@@ -211,3 +214,24 @@ def test_a_failed_send_is_raised_and_not_kept_forever() -> None:
         sender._send_batch_to_dit(outgoing)
     assert len(sender.pending_sends.drain(5)) == 1  # the edge's own deadline may pass a moment later
     assert len(sender.pending_sends) == 0
+
+
+def test_a_send_that_the_head_asks_for_neither_waits_for_another_edge_nor_takes_its_error() -> None:
+    """Its thread sends the heartbeats."""
+    sender = Pair(max_pending_transfers=1).executors[NON_DIT]
+    another = TransferError("1->7", "the other edge is broken")
+    with mock.patch.object(PendingTransfer, "wait", side_effect=another) as wait:
+        works = [sender._async_send_batch_to_dit(state_batch(), DIT, seq)[-1] for seq in range(3)]
+        assert not wait.called and not any(work.done() for work in works)
+        with pytest.raises(TransferError, match="other edge"):  # without a head, nobody else would hear of it
+            sender._async_send_batch_to_dit(state_batch())
+
+
+def test_a_rank_in_lock_step_does_something_else_while_it_waits_and_gives_up_in_time() -> None:
+    meanwhile, work = mock.Mock(), Work(Edge(NON_DIT, DIT), 0)
+    for asynchronous in (True, False):
+        args = ServerArgs(model_path=MODEL, dist_timeout=0.1, use_async_comm=asynchronous)
+        executor = DisaggregatedExecutor(args, rank=0, roles=COLOCATED, communicator=mock.Mock(), meanwhile=meanwhile)
+        with mock.patch.object(disaggregated_executor, "MEANWHILE_SECONDS", 0.01):
+            executor.keep_step(work)
+        assert meanwhile.called is not asynchronous

@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
 LINGER_SECONDS = 2.0
+LEADER_SECONDS = 1.0  # for a lane to end its step, when all stops
 TERMINATED_SECONDS = 5.0  # that a worker with a SIGTERM goes on without a word of its head
 
 
@@ -95,6 +96,7 @@ class Worker:
         self.device = torch.device("cpu") if spec.device_type == "cpu" else torch.device("cuda", spec.rank)
         self.exit_code = 0
         self._head_seconds = spec.head_seconds
+        self._beat_at = 0.0
         self._sockets = sockets
         self._stop = threading.Event()
         self._loop: OverlapLoop | None = None
@@ -165,7 +167,13 @@ class Worker:
             adapter = LedAdapter(adapter, self._leader, self.device)
         edges = [edge for edge in spec.topology.edges if self.rank in edge]
         self._executor = DisaggregatedExecutor(
-            spec.args, rank=self.rank, roles=self.roles, communicator=comm, device=self.device, peers=max(1, len(edges))
+            spec.args,
+            rank=self.rank,
+            roles=self.roles,
+            communicator=comm,
+            device=self.device,
+            peers=max(1, len(edges)),
+            meanwhile=self._beat,
         )
         lanes = self._make_lanes()
         self._lanes = set(lanes.values())
@@ -261,7 +269,7 @@ class Worker:
             remove(self.spec.run_dir)
             return
         poller.register(head, zmq.POLLIN)
-        beat, heard = 0.0, time.monotonic()
+        heard = time.monotonic()
         while not self._stop.is_set():
             all_sent = self._sockets.flush()
             ready = dict(poller.poll(round(HEARTBEAT_SECONDS * 250) if all_sent else RECONNECT_MS))
@@ -276,9 +284,7 @@ class Worker:
                 self._carry_out(command)
             if time.monotonic() - heard > self._head_seconds:
                 os._exit(1)  # nobody is there to be told why
-            if time.monotonic() - beat >= HEARTBEAT_SECONDS:
-                beat = time.monotonic()
-                self._sockets.emit(self._heartbeat(beat))
+            self._beat()
 
     def _carry_out(self, command: Command) -> None:
         match command:
@@ -293,12 +299,19 @@ class Worker:
 
     def _shut_down(self) -> None:
         self._stop.set()
-        if self._leader:
-            self._leader.close()
+        if self._leader and self._lanes:
+            # By the thread that sends on its sockets. One that still computes leaves them to the process's end.
+            self._lanes.pop().finish(self._leader.close, LEADER_SECONDS)
         for lane in self._lanes:
             lane.close(timeout=0.0)
         if self._executor:
             self._executor.comm.close()
+
+    def _beat(self) -> None:
+        """Send a heartbeat, where it is time for one. On the control thread."""
+        if (now := time.monotonic()) - self._beat_at >= HEARTBEAT_SECONDS:
+            self._beat_at = now
+            self._sockets.emit(self._heartbeat(now))
 
     def _heartbeat(self, at: float) -> Heartbeat:
         executor, loop = self._executor, self._loop

@@ -7,6 +7,7 @@ every rank calling it with the same batch (torchrun, tests).
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -24,6 +25,8 @@ from ditrelay.runtime.topology import Role, role_name
 
 logger = logging.getLogger(__name__)
 
+MEANWHILE_SECONDS = 0.5
+
 
 class DisaggregatedExecutor:
     """Sends and receives batches for one rank.
@@ -34,9 +37,11 @@ class DisaggregatedExecutor:
         roles: its roles; they decide which directions exist.
         communicator: its edges.
         device: where received tensors are allocated.
+        meanwhile: called again and again in a wait for a transfer of the head's, by the thread that waits.
 
     Attributes:
-        max_pending_transfers: transfers that may be in flight per direction before a send waits for the oldest.
+        max_pending_transfers: transfers that may be in flight per direction. Without a head, one more send waits for
+            the oldest; under a head it does not, since the head's credits bound what it asks for.
         pending_sends, pending_recvs: the transfers in flight; they keep the tensors alive until completion.
     """
 
@@ -49,12 +54,14 @@ class DisaggregatedExecutor:
         communicator: DisaggCommunicator,
         device: torch.device | None = None,
         peers: int = 1,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         self.server_args = server_args
         self.rank = rank
         self.roles = roles
         self.comm = communicator
         self.device = device or torch.device("cpu")
+        self._meanwhile = meanwhile
         self.max_pending_transfers = server_args.max_pending_transfers
         limit = self.max_pending_transfers * peers
         self.pending_sends = TransferWindow(limit, server_args.max_pending_bytes * peers)
@@ -141,7 +148,9 @@ class DisaggregatedExecutor:
             self.pack(batch)
         payload = batch.payload
         assert payload is not None
-        self._make_room(payload.header.nbytes)
+        self.pending_sends.reap()
+        if seq is None:
+            self._make_room(payload.header.nbytes)
         works = [] if announced else self.comm.isend_header(payload.header, dst=dst)
         works.append(isend(payload.tensors, dst=dst, seq=seq, request_id=batch.batch_id))
         self.pending_sends.add(_pending(batch, works, payload))
@@ -160,8 +169,16 @@ class DisaggregatedExecutor:
         logger.debug("[Async Recv %s] Initiated %s", label, _count(header, "recvs"))
         return batch, [work]
 
+    def keep_step(self, work: Work) -> None:
+        """In lock-step mode, wait until a transfer of the head's is over, well or not, ``dist_timeout`` at most."""
+        if self.server_args.use_async_comm:
+            return
+        until = time.monotonic() + self.server_args.dist_timeout
+        while not work.wait_done(MEANWHILE_SECONDS) and time.monotonic() < until:
+            self._meanwhile()
+
     def _make_room(self, nbytes: int) -> None:
-        self.pending_sends.reap()
+        """Without a head only: nobody hears from a thread that waits here, and the oldest may be another edge's."""
         while len(self.pending_sends) and not self.pending_sends.has_room(nbytes):
             oldest = self.pending_sends.oldest()
             oldest.wait(self.server_args.dist_timeout)

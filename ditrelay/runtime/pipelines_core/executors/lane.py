@@ -45,6 +45,11 @@ class Lane:
         self._jobs.put((-1, next(self._counter), None))
         self._thread.join(timeout)
 
+    def finish(self, last: Job, timeout: float) -> None:
+        """Run no further job but ``last``; wait at most ``timeout`` seconds for it."""
+        self.put(-1, last)
+        self.close(timeout)
+
     def _run(self) -> None:
         with torch.no_grad(), self._stream():
             while (job := self._jobs.get()[2]) is not None:

@@ -350,8 +350,7 @@ class OverlapLoop:
             self._release_hold(resident, self._edge_event(command, self._rank, command.dst, error.reason))
             return
         work.add_done_callback(lambda work: self._sent(command, resident, work, began))
-        if not executor.server_args.use_async_comm:
-            work.wait_done(executor.server_args.dist_timeout)
+        executor.keep_step(work)
 
     def _sent(self, command: Send, resident: _Resident, work: Work, began: float) -> None:
         rank, rid, dst = self._rank, resident.request_id, command.dst
@@ -377,8 +376,7 @@ class OverlapLoop:
             self._release_hold(resident, event, remove=True)
             return
         work.add_done_callback(lambda work: self._received(command, resident, work, began))
-        if not executor.server_args.use_async_comm:
-            work.wait_done(executor.server_args.dist_timeout)
+        executor.keep_step(work)
 
     def _received(self, command: Expect, resident: _Resident, work: Work, began: float) -> None:
         rank, rid, src = self._rank, resident.request_id, command.src
