@@ -21,6 +21,7 @@ from ditrelay.models.loading import preload
 from ditrelay.models.plain import plain
 from ditrelay.runtime.activity import Watcher
 from ditrelay.runtime.admission import Admission
+from ditrelay.runtime.code_caches import check_code_caches
 from ditrelay.runtime.launcher import LocalLauncher, no_interrupts, resolve_device
 from ditrelay.runtime.messages import CancelRequest, Submit
 from ditrelay.runtime.metrics import Span, overlap
@@ -115,6 +116,7 @@ class Engine:
             raise EngineClosed("the engine was started before; make a new one")
         check_parent()
         check_loopback()
+        check_code_caches()
         self._launcher = LocalLauncher(self._device_type, ("ditrelay.runtime.worker", *preload(self.card)))
         # Imported here: it takes the head two seconds (torch), during which the workers' imports are under way.
         with no_interrupts():  # half imported, torch can't be imported again

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ditrelay.errors import ConfigError
+from ditrelay.runtime.code_caches import use_private_caches
 from ditrelay.runtime.processes import check_room, is_dead, is_stopped, kill_child
 from ditrelay.runtime.run_dir import FORKSERVER_LOCK, lock
 from ditrelay.runtime.server_args import ServerArgs
@@ -281,6 +282,7 @@ def _look_for_gpus(answer: Connection) -> None:
 def _run(spec: WorkerSpec, environment: dict[str, str]) -> None:
     for name, value in environment.items():
         os.environ.setdefault(name, value)  # the forkserver may be of a launcher for another device
+    use_private_caches(spec.run_dir)
     from torch import set_num_threads  # not in the head, which needs nothing of it
 
     from ditrelay.runtime.worker import run_worker
