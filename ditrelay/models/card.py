@@ -16,6 +16,7 @@ from ditrelay.models.plain import plain
 from ditrelay.models.quirks import BUILTINS, FAMILIES, PLAN_FLAGS, Adapter, Builtin, Family, Media, find_family
 from ditrelay.models.sizes import Sizes, sizes_of
 from ditrelay.models.timed_options import TIMED_PREFIX, TimedOptions
+from ditrelay.models.variants import check_variant
 from ditrelay.runtime.request import PictureFormat, SamplingParams
 
 MAX_GUIDANCE = 1000.0  # far above what any model draws with; far below what turns numbers into NaN, a black picture
@@ -111,7 +112,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
         _check_frames(self, resolved)
         _check_range("num_inference_steps", resolved.num_inference_steps, self.min_steps, self.max_steps)
         _check_range("seed", resolved.seed, 0, _SEED_LIMIT - 1)
-        _check_guidance(self, params, resolved)
+        _check_guidance(self, resolved)
         check_start(self, resolved, picture)
         _check_file(self, resolved)
         _check_previews(self, resolved)
@@ -141,6 +142,7 @@ def load_card(model_path: str, load_format: str = "auto") -> ModelCard:
             raise UnsupportedModel(f"{folder.path / 'model_index.json'} names no {needed}")
     folder.check(weights=weights)
     try:
+        check_variant(folder, family)
         card = _card(model_path, folder, family)
     except (TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModel(f"a config.json in {folder.path} has a value of a wrong kind: {error}") from error
@@ -298,12 +300,15 @@ def _check_frames(card: ModelCard, params: SamplingParams) -> None:
         raise InvalidRequest("num_frames", f"{frames} is not allowed; allowed: {step}k + 1, the nearest is {nearest}")
 
 
-def _check_guidance(card: ModelCard, given: SamplingParams, resolved: SamplingParams) -> None:
+def _check_guidance(card: ModelCard, resolved: SamplingParams) -> None:
     scale = resolved.guidance_scale
     if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 <= scale <= MAX_GUIDANCE:
         raise InvalidRequest("guidance_scale", f"{scale!r} is not allowed; allowed: 0 to {MAX_GUIDANCE:g}")
-    if given.guidance_scale is not None and not card.supports_guidance and scale != card.default_guidance_scale:
-        raise InvalidRequest("guidance_scale", "this model has no guidance; leave it out")
+    # The default is taken as well: clients send back what they were told. Up to 1 a scale means no guidance anyway.
+    if not (card.supports_guidance or scale <= 1 or scale == card.default_guidance_scale):
+        raise InvalidRequest(
+            "guidance_scale", f"{scale!r} is not allowed: this model has no guidance; leave it out; allowed: 0 to 1"
+        )
     if not resolved.negative_prompt:
         return
     if not card.supports_negative_prompt:
