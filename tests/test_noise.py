@@ -25,15 +25,18 @@ from ditrelay.runtime.topology import COLOCATED
 
 STEPS = 4
 OLDER = ("CogVideoXDDIM", "CogVideoXDPM", "DDPM", "EulerAncestralDiscrete", "DPMSolverMultistep", "SASolver")
+# Every scheduler with one family, and every family with a scheduler that draws at each step.
 CASES = [
-    *[("flux", name) for name in EVERYWHERE],
-    *[("flux2-klein", name) for name in EVERYWHERE],
-    *[("qwen-image", name) for name in EVERYWHERE],
-    *[("z-image", name) for name in EVERYWHERE],
-    *[("ltx", name) for name in EVERYWHERE],
-    *[("sd3", name) for name in NO_SHIFT],
-    *[("wan", name) for name in NO_SHIFT],
-    *[("wan-i2v", name) for name in EVERYWHERE],
+    ("flux", "FlowMatchLCM"),
+    ("flux", "FlowMatchEuler"),
+    ("flux2-klein", "FlowMatchEuler"),
+    ("qwen-image", "FlowMatchLCM"),
+    ("z-image", "FlowMatchEuler"),
+    ("ltx", "FlowMatchLCM"),
+    *[("sd3", name) for name in NO_SHIFT if name not in EVERYWHERE],
+    ("wan", "FlowMatchEuler"),
+    ("wan", "SASolver"),
+    ("wan-i2v", "FlowMatchLCM"),
     *[("cogvideox", name) for name in OLDER],
 ]
 
