@@ -33,7 +33,7 @@ MALFORMED: tuple[tuple[bytes, int], ...] = (
     (b'{"prompt": "\xff\xfe"}', 400),
     (b"[" * 50_000, 400),
     (b'{"prompt": 7}', 400),
-    (b'{"prompt": "a cat", "seed": -1}', 400),
+    (b'{"prompt": "a cat", "seed": -2}', 400),
     (b'{"prompt": "\\ud800"}', 400),
     (json.dumps({"prompt": "a cat", "height": 13}).encode(), 400),
 )

@@ -83,7 +83,7 @@ class DeskEngine(FakeEngine):
     def card(self) -> ModelCard:
         return self.model_card
 
-    async def submit(self, params: SamplingParams, *, client: str = "") -> DrawnTicket:
+    async def submit(self, params: SamplingParams, **how: object) -> DrawnTicket:
         if params.image is not None and not params.image.startswith(b"\x89PNG"):
             raise InvalidRequest("image", "cannot be read")
         ticket = DrawnTicket(self, f"r{len(self.tickets)}", self.card.resolve(params))

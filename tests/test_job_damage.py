@@ -273,6 +273,8 @@ def test_a_clock_that_is_set_ahead_is_noticed_and_not_believed_for_a_day() -> No
     assert passed(3600) == 0 and watch.suspect
     passed(86400)
     assert not watch.suspect
+    assert ClockWatch(lambda: 1e9, lambda: 5.0, last=1e9 - 8 * 86400).suspect  # while no server was at work
+    assert not ClockWatch(lambda: 1e9, lambda: 5.0, last=1e9 - 7200).suspect
 
 
 def test_a_clock_that_leaps_a_week_deletes_no_video_that_is_done(tmp_path: Path) -> None:

@@ -20,12 +20,18 @@ class ClockWatch:
     Args:
         wall: Unix time in seconds.
         steady: seconds of a clock that cannot be set.
+        last: Unix time at which the last server was at work; a gap of more than a day counts as such a leap.
     """
 
-    def __init__(self, wall: Callable[[], float] = time.time, steady: Callable[[], float] = _awake_or_not) -> None:
+    def __init__(
+        self,
+        wall: Callable[[], float] = time.time,
+        steady: Callable[[], float] = _awake_or_not,
+        last: float | None = None,
+    ) -> None:
         self._wall, self._steady = wall, steady
         self._ahead = wall() - steady()
-        self._leapt: float | None = None
+        self._leapt = steady() if last is not None and wall() - last > _GRACE_SECONDS else None
 
     def leap(self) -> float:
         """Seconds by which the clock was set ahead since the last call; 0 for small steps and steps back."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -44,7 +44,8 @@ class FileStore:
         self._max_files = max_files
         self._max_bytes = max_bytes
         self._clock = clock
-        self._files: OrderedDict[str, StoredFile] = OrderedDict()  # oldest first
+        self._files: dict[str, StoredFile] = {}  # oldest first
+        self._shares = Shares()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -55,10 +56,11 @@ class FileStore:
         file_id = secrets.token_urlsafe(24)
         self._files[file_id] = StoredFile(content, media_type, self._clock() + self.lifetime, client)
         self.nbytes += len(content)
+        self._shares.add(file_id, client, len(content))
         while len(self._files) > 1 and len(self._files) > self._max_files:
-            self._drop(oldest_of_most({key: (file.client, 1) for key, file in self._files.items()}))
+            self._drop(self._shares.oldest_of_most_things())
         while len(self._files) > 1 and self.nbytes > self._max_bytes:
-            self._drop(oldest_of_most({key: (file.client, len(file.content)) for key, file in self._files.items()}))
+            self._drop(self._shares.oldest_of_most_bytes())
         return file_id
 
     def get(self, file_id: str) -> StoredFile | None:
@@ -73,18 +75,39 @@ class FileStore:
 
     def _drop(self, file_id: str) -> None:
         self.nbytes -= len(self._files.pop(file_id).content)
+        self._shares.remove(file_id)
 
 
-def oldest_of_most(held: Mapping[str, tuple[str, int]]) -> str:
-    """What goes where there is no room: the oldest thing of the client that holds the most; the newest of all never.
+class Shares:
+    """What each client holds. Says what goes where there is no room: the oldest thing of the client that holds the
+    most; the newest of all never."""
 
-    Args:
-        held: whose each thing is and how much of it there is, the oldest first; two at least.
-    """
-    shares: Counter[str] = Counter()
-    for client, amount in held.values():
-        shares[client] += amount
-    *older, _ = held
-    clients = {held[key][0] for key in older}
-    most = max(clients, key=lambda client: shares[client])
-    return next(key for key in older if held[key][0] == most)
+    def __init__(self) -> None:
+        self._things: dict[str, tuple[str, int]] = {}  # the client and the bytes of each, oldest first
+        self._of: dict[str, dict[str, None]] = {}  # the things of each client, oldest first
+        self._nbytes: Counter[str] = Counter()
+
+    def add(self, key: str, client: str, nbytes: int = 0) -> None:
+        self._things[key] = client, nbytes
+        self._of.setdefault(client, {})[key] = None
+        self._nbytes[client] += nbytes
+
+    def remove(self, key: str) -> None:
+        client, nbytes = self._things.pop(key)
+        self._nbytes[client] -= nbytes
+        del self._of[client][key]
+        if not self._of[client]:
+            del self._of[client], self._nbytes[client]
+
+    def oldest_of_most_things(self) -> str:
+        """At least two things must be there."""
+        return self._oldest(lambda client: len(self._of[client]))
+
+    def oldest_of_most_bytes(self) -> str:
+        """At least two things must be there."""
+        return self._oldest(lambda client: self._nbytes[client])
+
+    def _oldest(self, amount: Callable[[str], int]) -> str:
+        newest = next(reversed(self._things))
+        clients = (client for client, keys in self._of.items() if next(iter(keys)) != newest)
+        return next(iter(self._of[max(clients, key=amount)]))

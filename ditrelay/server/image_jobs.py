@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ditrelay.errors import DitrelayError, InvalidRequest, RequestCancelled
 from ditrelay.runtime.request import RequestState
 from ditrelay.server.events import EventLog
-from ditrelay.server.files import FileStore, oldest_of_most
+from ditrelay.server.files import FileStore, Shares
 from ditrelay.server.job_schemas import (
     Cancelled,
     Completed,
@@ -134,6 +134,7 @@ class ImageJobs:
         self.names = JobNames()
         self._live: dict[str, ImageJob] = {}  # in the order of submission
         self._ended: dict[str, EndedImage] = {}  # in the order in which they ended
+        self._shares = Shares()
 
     def follow(self, ticket: AsyncTicket, files: FileStore, client: str = "") -> ImageJob:
         """Make a job of a submitted picture of ``client``, whose file is put into ``files``."""
@@ -187,6 +188,7 @@ class ImageJobs:
                 logger.error("%s failed: %s", job.id, error, exc_info=error)
         del self._live[job.id]
         self._ended[job.id] = EndedImage(job.id, job.created, job.log, job.info(None), job.client)
+        self._shares.add(job.id, job.client)
         self._drop_old()
 
     def _drop_old(self) -> None:
@@ -195,9 +197,13 @@ class ImageJobs:
             job = next(iter(self._ended.values()))
             if job.log.ended_at is not None and job.log.ended_at > oldest:
                 break
-            del self._ended[job.id]
-        while len(self._ended) > self._limit:
-            del self._ended[oldest_of_most({key: (job.client, 1) for key, job in self._ended.items()})]
+            self._forget(job.id)
+        while len(self._ended) > max(self._limit, 1):
+            self._forget(self._shares.oldest_of_most_things())
+
+    def _forget(self, job_id: str) -> None:
+        del self._ended[job_id]
+        self._shares.remove(job_id)
 
 
 def event_of(progress: Progress, live: Live, position: int | None) -> JobEvent | None:

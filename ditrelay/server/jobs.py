@@ -28,7 +28,7 @@ from ditrelay.server.job_schemas import Cancelled, Completed, Failed
 from ditrelay.server.job_store import JobStore
 from ditrelay.server.job_thread import JobThread
 from ditrelay.server.live import JobNames, Live
-from ditrelay.server.output_folder import lock_folder, output_path, recover, sqlite_url
+from ditrelay.server.output_folder import last_seen, lock_folder, note_seen, output_path, recover, sqlite_url
 from ditrelay.server.problem import ApiError
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ class Jobs:
     _lock: int
     _thread: JobThread = field(init=False)
     _runner: JobRunner = field(init=False)
-    _clock: ClockWatch = field(default_factory=ClockWatch)
+    _clock: ClockWatch = field(init=False)
 
     def __post_init__(self) -> None:
         self._thread = JobThread(self.folder)
+        self._clock = ClockWatch(last=last_seen(self.folder))
         self._runner = JobRunner(self.engine, self.store, self._thread, self.folder)
 
     @classmethod
@@ -220,6 +221,7 @@ class Jobs:
         await self._thread.do(self.store.mend)
         if leap := self._clock.leap():
             logger.warning("the clock was set ahead by %.0f s: for a day no video counts as too old", leap)
+        note_seen(self.folder)
         lifetime = math.inf if self._clock.suspect else args.job_retention
         due = await self._thread.do(self.store.expired, lifetime=lifetime, max_bytes=args.max_output_bytes)
         for job_id in due:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from ditrelay.server.job_store import JobStore
 
 logger = logging.getLogger(__name__)
 
+_LOCK = ".lock"
 _PART = ".part"  # an output that is still written
 
 
@@ -46,6 +48,9 @@ def _private(path: str, flags: int) -> int:
 
 def recover(store: JobStore, folder: Path) -> None:
     """Take up what the last server has left."""
+    for video in folder.glob("*.mp4"):
+        with contextlib.suppress(OSError):
+            video.chmod(0o600)  # older versions left them to the umask
     for part in folder.glob(f"*{_PART}"):
         part.unlink(missing_ok=True)
     for job in store.interrupted():
@@ -61,11 +66,21 @@ def lock_folder(folder: Path) -> int:
     """A lock that lasts as long as its descriptor is open. Raises ``ConfigError`` where another process has it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return lock_file(folder / ".lock")
+        return lock_file(folder / _LOCK)
     except BlockingIOError:
         raise ConfigError("--output-dir", f"{folder} is in use by another server; give each its own") from None
     except OSError as error:
         raise ConfigError("--output-dir", f"{folder} cannot be written to: {error.strerror}") from error
+
+
+def last_seen(folder: Path) -> float:
+    """Unix time at which a server was last at work here, as ``note_seen`` has noted it."""
+    return (folder / _LOCK).stat().st_mtime
+
+
+def note_seen(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.utime(folder / _LOCK)
 
 
 def sqlite_url(folder: Path) -> str:
