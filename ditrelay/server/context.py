@@ -191,7 +191,7 @@ class Context:
     def check_open(self) -> None:
         """Raises ``ApiError`` (503) before the engine takes requests and after."""
         if self.draining:
-            raise shutting_down()
+            raise shutting_down(self.engine.status().failure)
         if not self.started:
             missing = "; ".join(f"{role}: {', '.join(why)}" for role, why in self.readiness().missing.items())
             raise not_ready(f"the model is loading ({missing})")

@@ -85,9 +85,9 @@ def not_ready(message: str) -> ApiError:
     return ApiError(503, message, type=SERVER, code="not_ready", headers={"Retry-After": "5"})
 
 
-def shutting_down() -> ApiError:
-    """503: this server ends; another may be up soon."""
-    return not_ready("the server is shutting down")
+def shutting_down(failure: str = "") -> ApiError:
+    """503: this server ends; another may be up soon. ``failure``: why, where nobody has asked for it."""
+    return not_ready(failure or "the server is shutting down")
 
 
 def role_lost(role: str, reason: str) -> ApiError:
@@ -225,7 +225,7 @@ def _request_failed(request: Request, error: RequestFailed) -> ApiError:
 
 
 def _closing(request: Request, error: EngineClosed | RequestCancelled) -> ApiError:
-    return shutting_down()
+    return shutting_down(request.app.state.context.engine.status().failure)
 
 
 def _store_down(request: Request, error: OperationalError) -> ApiError:
