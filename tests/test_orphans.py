@@ -245,7 +245,7 @@ def test_a_launchs_folder_that_was_removed_is_made_anew_but_not_in_place_of_anot
     assert launch.path.exists(), "it is locked again"
     if os.getuid() == 0:
         os.chown(launch.path, 61_987, 61_987)
-        with pytest.raises(OSError, match="another user's"):
+        with pytest.raises(OSError, match="not only this user's"):
             launch.restore()
     launch.close()
 
@@ -288,6 +288,22 @@ def pid_of(engine: Engine, rank: int) -> int:
     pid = worker(engine, rank).pid
     assert pid is not None
     return pid
+
+
+@pytest.mark.parametrize("instead", ["a link to a folder of ours", "a folder that others may enter", "a file"])
+def test_what_has_the_name_of_a_removed_folder_is_not_taken_for_it(tmp_path: Path, instead: str) -> None:
+    launch = RunDir(tmp_path)
+    remove(str(launch.path))
+    if instead == "a file":
+        launch.path.touch()
+    elif instead == "a folder that others may enter":
+        launch.path.mkdir(mode=0o755)
+    else:
+        (tmp_path / "ours").mkdir(mode=0o700)
+        launch.path.symlink_to(tmp_path / "ours")
+    with pytest.raises(OSError, match="was removed, and what has its name now"):
+        launch.restore()
+    launch.close()
 
 
 def test_a_killed_worker_is_noticed_within_a_second(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import tempfile
 from pathlib import Path
 
@@ -64,13 +65,16 @@ class RunDir:
         Raises:
             OSError: that is not possible, or another user has made a folder of that name.
         """
-        if not self.path.exists():
+        try:
+            found = self.path.lstat()  # a link leads to where somebody else wants it
+        except FileNotFoundError:
             logger.warning("the folder %s was removed; it is made anew", self.path)
             self.path.mkdir(mode=0o700)
             os.close(self._lock)
             self._lock = lock(self.path, _LOCK)
-        elif self.path.stat().st_uid != os.getuid():
-            raise OSError(f"{self.path} was removed, and is another user's now")
+            return
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+            raise OSError(f"{self.path} was removed, and what has its name now is not only this user's")
 
     def close(self) -> None:
         """May be called again."""
@@ -100,7 +104,7 @@ def _sweep(parent: Path) -> None:
     """Remove what dead launches of this user have left: their folders, and those of their forkservers' sockets."""
     for mark in (*parent.glob(f"{_PREFIX}*/{_LOCK}"), *parent.glob(f"pymp-*/{FORKSERVER_LOCK}")):
         with contextlib.suppress(OSError):  # another user's, or gone already
-            if mark.parent.stat().st_uid == os.getuid() and _is_free(mark):
+            if mark.parent.lstat().st_uid == os.getuid() and _is_free(mark):
                 remove(str(mark.parent))
 
 
