@@ -85,6 +85,7 @@ def test_a_fork_that_ends_or_hangs_over_cuda_is_trouble_and_holds_nobody_up(
 def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """What a worker process does before it works, in this one, with these variables already there."""
     monkeypatch.setattr(worker, "run_worker", lambda spec: None)
+    monkeypatch.setattr(launcher, "use_private_caches", lambda run_dir: None)  # it is this process's folder, too
     threads = torch.get_num_threads()
 
     def made(device_type: str, **there: str) -> None:

@@ -244,6 +244,15 @@ def test_an_answer_never_waits_for_the_client_to_acknowledge_its_headers() -> No
         assert client.getpeername() == listener.getsockname()
 
 
+@pytest.fixture
+def heeds_sighup():
+    """Where ``nohup`` runs the tests, they would ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeds_sighup")
 def test_a_closed_terminal_ends_it_as_sigterm_does_and_its_second_signal_is_none(run):
     engine = loaded_engine()
     background = Background(engine)
