@@ -48,6 +48,7 @@ class Limited:
     def __init__(self, folder: Path) -> None:
         self.log = folder / "log"
         environment = {**os.environ, "TMPDIR": str(folder), "HOME": str(folder)}
+        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # torch may have set it here: to a folder of this user
         command = [sys.executable, "-m", "ditrelay", "serve", *FLAGS, "--port", "0", "--no-warmup"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([*AS_USER, *command], stdout=log, stderr=log, env=environment)
