@@ -28,8 +28,10 @@ demo: $(STAMP)
 demo-server: $(STAMP)
 	$(BIN)/python scripts/demo_server.py
 
-# These wait for browsers and for servers of their own most of the time: without PYTEST_ARGS they run beside the others.
-WAITING := $(wildcard tests/test_playground*.py) tests/test_jobs_killed.py tests/test_same_bytes.py tests/test_openai_client.py
+# These wait for browsers and for servers of their own most of the time: without PYTEST_ARGS they run beside the others,
+# in about the same time.
+SERVERS := async_basic chaos cli cli_interrupt head_ends jobs_killed machine_limits openai_client orphans same_bytes server_videos
+WAITING := $(wildcard tests/test_playground*.py) $(SERVERS:%=tests/test_%.py)
 
 test: $(DEV_STAMP) browser
 ifeq ($(PYTEST_ARGS),)

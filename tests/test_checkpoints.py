@@ -242,7 +242,7 @@ def kill(engine: Engine, rank: int) -> None:
     ids=["one rank", "a replica of two", "the built-in model"],
 )
 def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(changes: dict[str, object]) -> None:
-    steps = 60 if changes.get("model_path") else 8
+    steps = 24 if changes.get("model_path") else 8
     with Engine(settings(**changes)) as engine:
         expected = submit(engine, num_inference_steps=steps).result(60).media
         ticket = submit(engine, num_inference_steps=steps)
